@@ -208,7 +208,9 @@ class CompressConfig(Settings):
     def _level_exists(self) -> Self:
         faults = []
         if self.codec == "zlib" and self.level > 9:
-            faults.append(f"compress.level = {self.level} is above 9, the highest of zlib; lower it")
+            faults.append(
+                f"compress.level = {self.level} is above 9, the highest of zlib; lower it"
+            )
         return _raise_together(self, faults)
 
 
@@ -219,6 +221,8 @@ class EvaluateConfig(Settings):
     """Tokens per evaluation row; the number of scored tokens depends on it."""
     batch_tokens: PositiveInt = 524_288
     """Tokens per forward pass of one worker."""
+    prequant: bool = True
+    """Also score the weights before quantisation; a diagnostic outside every budget."""
 
 
 class BudgetConfig(Settings):
@@ -346,6 +350,24 @@ class TrainConfig(Settings):
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def parse_overrides(pairs: list[str]) -> dict[str, object]:
+    """["optim.matrix_lr=0.02"] -> {"optim.matrix_lr": 0.02}; values are JSON, else plain strings.
+
+    Raises ConfigError naming every pair without "=".
+    """
+    broken = [pair for pair in pairs if "=" not in pair]
+    if broken:
+        raise ConfigError("\n".join(f"--set {pair}: write it as PATH=VALUE" for pair in broken))
+    overrides: dict[str, object] = {}
+    for pair in pairs:
+        path, _, text = pair.partition("=")
+        try:
+            overrides[path] = json.loads(text)
+        except json.JSONDecodeError:
+            overrides[path] = text
+    return overrides
+
+
 def describe_faults(error: ValidationError) -> list[str]:
     """One line per fault of a pydantic error, each starting with the dotted path."""
     lines = []
@@ -356,7 +378,9 @@ def describe_faults(error: ValidationError) -> list[str]:
         elif fault["type"] == "extra_forbidden":
             lines.append(_unknown_path(path))
         else:
-            lines.append(f"{path} = {fault['input']!r}: {fault['msg'][0].lower()}{fault['msg'][1:]}")
+            lines.append(
+                f"{path} = {fault['input']!r}: {fault['msg'][0].lower()}{fault['msg'][1:]}"
+            )
     return lines
 
 

@@ -1,0 +1,35 @@
+"""Learning-rate multiplier and momentum at a point of the run.
+
+Schedules follow `progress`, the share of the budget that is spent (0 at the start, 1 at the cap),
+so that a faster machine does not see a different schedule. Plain float arithmetic, no torch.
+"""
+
+from trainer.config import OptimConfig, ScheduleConfig
+
+
+def lr_multiplier(config: ScheduleConfig, step: int, progress: float) -> float:
+    """Multiplier of every learning rate for the step that is about to run, in [min_lr, 1].
+
+    With warmdown "fraction" f: 1 until progress 1 - f, then linear to 0 at progress 1. With
+    "steps" W: the share of the budget that W steps take at the present mean step time, as the
+    challenge's baseline does: f = W * progress / step. On a machine so slow that W steps are the
+    whole budget, that one decays from the first step on.
+    """
+    if config.warmdown == "fraction":
+        share = config.warmdown_frac
+    elif step == 0:
+        return 1.0
+    else:
+        share = config.warmdown_steps * progress / step
+    if share <= 0:
+        return 1.0
+    return max(config.min_lr, min(1.0, max(0.0, 1.0 - progress) / share))
+
+
+def muon_momentum(config: OptimConfig, step: int) -> float:
+    """Momentum of Muon for the step that is about to run; linear warm-up over steps."""
+    if config.muon_momentum_warmup_steps == 0:
+        return config.muon_momentum
+    share = min(1.0, step / config.muon_momentum_warmup_steps)
+    start = config.muon_momentum_warmup_start
+    return start + share * (config.muon_momentum - start)
