@@ -23,7 +23,7 @@ def main() -> int:
     arguments = _parser().parse_args()
     try:
         config = _config(arguments)
-    except (ConfigError, OSError) as error:
+    except (ConfigError, OSError, json.JSONDecodeError) as error:
         print(f"trainer: {error}", file=sys.stderr)
         return 2
     from trainer.loop import train  # torch takes seconds to import: refuse bad settings first

@@ -26,7 +26,7 @@ S = TypeVar("S", bound="Settings")
 
 
 class Settings(BaseModel):
-    """Base of every group of settings: frozen, no unknown keys, field docstrings as descriptions."""
+    """Base of every group of settings: frozen, no unknown keys, docstrings as descriptions."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False

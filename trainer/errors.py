@@ -6,8 +6,8 @@
     +-- ArtifactError (ValueError)      an artifact cannot be written, read or decoded
     +-- BackendError (RuntimeError)     a backend was asked for by name and is not here
 
-Every message names the thing, what is wrong with it, and what to do. All classes take one string, so
-they survive pickling across Ray.
+Every message names the thing, what is wrong with it, and what to do. All classes take one string,
+so they survive pickling across Ray.
 """
 
 

@@ -1,4 +1,4 @@
-"""The challenge's own baseline: every setting of `train_gpt.py` at the root of openai/parameter-golf.
+"""The challenge's own baseline: every setting of `train_gpt.py` of openai/parameter-golf.
 
 1.2244 bits per byte on 8xH100 (13,780 steps of 43.54 ms, 15,863,489 bytes). The defaults of
 TrainConfig are this recipe's settings; what is written here is what makes it this recipe.
