@@ -1,0 +1,39 @@
+# The doors of the project. `make help` lists them; CI runs nothing else.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TRIALS ?= 12
+STUDY ?= demo
+OUT ?= caddie-runs
+
+.PHONY: help install demo test check clean
+
+help: ## list the targets
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | column -t -s '	'
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed; $(PYTHON) is $$($(PYTHON) --version). Try: make PYTHON=python3.11"; exit 1; }
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) || \
+	  { echo "cannot make a virtual environment; on Debian or Ubuntu: apt-get install python3-venv"; exit 1; }
+	@echo "installing pinned dependencies into $(VENV) (some minutes the first time)"
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+install: $(VENV)/.installed ## make .venv with everything pinned
+
+demo: install ## a real sweep on this machine (TRIALS=12, NEW=1 for a fresh study)
+	@$(BIN)/caddie sweep run smoke --study $(STUDY) --trials $(TRIALS) --out $(OUT) $(if $(NEW),--new)
+
+test: install ## the whole CPU test suite
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+
+check: install ## ruff, ruff format, mypy, import-linter
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-cache
+
+clean: ## remove the environment and caches, not your runs
+	@rm -rf $(VENV) *.egg-info .mypy_cache .ruff_cache .pytest_cache
