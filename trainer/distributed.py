@@ -85,7 +85,7 @@ class Group:
         length = torch.tensor([len(blob) if blob is not None else 0])
         dist.broadcast(length, 0, group=self._control)
         box = torch.empty(int(length), dtype=torch.uint8)
-        if blob is not None:
+        if blob:
             box.copy_(torch.frombuffer(bytearray(blob), dtype=torch.uint8))
         dist.broadcast(box, 0, group=self._control)
         return box.numpy().tobytes()
