@@ -1,0 +1,27 @@
+"""A bias-free matrix whose fp32 master weight is cast to the input's dtype at use."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Linear(nn.Module):
+    """y = x W^T with W of shape (out, in), kept in fp32 and cast where it is used.
+
+    The optimiser therefore always updates full-precision numbers, whatever the matrix products run
+    in, without autocast.
+    """
+
+    def __init__(self, num_in: int, num_out: int, zero_init: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(num_out, num_in))
+        if not zero_init:
+            # kaiming_uniform_(a=sqrt(5)), PyTorch's default for linear layers, written out
+            nn.init.uniform_(self.weight, -1 / math.sqrt(num_in), 1 / math.sqrt(num_in))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
