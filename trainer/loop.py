@@ -108,7 +108,8 @@ class Run:
             attend = select_backend(
                 config.runtime.attention, device.type, lambda line: reporter.emit("log", line=line)
             )
-            model = GPT(config.model, attend).to(device)
+            longest_row = max(config.data.seq_len, config.evaluate.seq_len)
+            model = GPT(config.model, attend, max_seq_len=longest_row).to(device)
             model.compute_dtype = _compute_dtype(config, device)
             for parameter in model.parameters():
                 group.broadcast_(parameter.data)
