@@ -42,7 +42,7 @@ def attend_flex(
     window: int | None = None,
 ) -> Tensor:
     """See `Attend`; `flex` is the library's function, compiled or not."""
-    out_BHTD = flex(
+    out_BHTD: Tensor = flex(
         q_BTHD.transpose(1, 2),
         k_BTGD.transpose(1, 2),
         v_BTGD.transpose(1, 2),
@@ -56,12 +56,12 @@ def attend_dense(
     q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, *, window: int | None = None
 ) -> Tensor:
     """See `Attend`; materialises all scores, [B, G, H/G, T, T]."""
-    num_tokens, num_groups = k_BTGD.shape[1:3]
+    num_rows, num_tokens, num_groups, width = k_BTGD.shape
     mask_TT = create_mask(
         _visible(window), None, None, num_tokens, num_tokens, device=q_BTHD.device
     )[0, 0]
-    q_BTGRD = q_BTHD.unflatten(2, (num_groups, -1))
-    scores_BGRTS = torch.einsum("btgrd,bsgd->bgrts", q_BTGRD, k_BTGD) * q_BTHD.size(-1) ** -0.5
+    q_BTGRD = q_BTHD.reshape(num_rows, num_tokens, num_groups, -1, width)
+    scores_BGRTS = torch.einsum("btgrd,bsgd->bgrts", q_BTGRD, k_BTGD) * width**-0.5
     weights_BGRTS = scores_BGRTS.masked_fill(~mask_TT, -torch.inf).softmax(-1)
     return torch.einsum("bgrts,bsgd->btgrd", weights_BGRTS, v_BTGD).flatten(2, 3)
 

@@ -31,11 +31,12 @@ class SelfAttention(nn.Module):
         # activations are read once, and once more in the backward pass.
         weight = torch.cat((self.q.weight, self.k.weight, self.v.weight)).to(dtype)
         q_BTHD, k_BTGD, v_BTGD = (
-            part.unflatten(-1, (-1, self._head_dim))
-            for part in F.linear(x_BTC, weight).split(self._widths, dim=-1)
+            part.reshape(*part.shape[:2], -1, self._head_dim)
+            for part in torch.split(F.linear(x_BTC, weight), self._widths, dim=-1)
         )
         # The tables and the gain are fp32, so this chain is, too; it rounds once at its end.
         q_BTHD = rotate(rms_norm(q_BTHD), cos_TF, sin_TF) * self.q_gain[:, None]
         k_BTGD = rotate(rms_norm(k_BTGD), cos_TF, sin_TF)
         out_BTHD = self._attend(q_BTHD.to(dtype), k_BTGD.to(dtype), v_BTGD)
-        return self.out(out_BTHD.flatten(2))
+        out_BTC: Tensor = self.out(out_BTHD.flatten(2))
+        return out_BTC

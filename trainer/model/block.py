@@ -33,4 +33,5 @@ class Block(nn.Module):
         x_BTC = keep_C * x_BTC + mix_C * x0_BTC
         attended_BTC = self.attn(rms_norm(x_BTC), cos_TF, sin_TF)
         x_BTC = x_BTC + self.attn_scale.to(dtype) * attended_BTC
-        return x_BTC + self.mlp_scale.to(dtype) * self.mlp(rms_norm(x_BTC))
+        mixed_BTC: Tensor = self.mlp(rms_norm(x_BTC))
+        return x_BTC + self.mlp_scale.to(dtype) * mixed_BTC

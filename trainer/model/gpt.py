@@ -34,6 +34,9 @@ class GPT(nn.Module):
     half of the blocks feeds the second half in reverse order through `skip_weights`.
     """
 
+    rotary_cos: Tensor
+    rotary_sin: Tensor
+
     def __init__(self, config: ModelConfig, attend: Attend, max_seq_len: int = MAX_SEQ_LEN) -> None:
         super().__init__()
         self.config = config
@@ -70,8 +73,8 @@ class GPT(nn.Module):
     def logits(self, tokens_BT: Tensor) -> Tensor:
         """Logits of the next token, squashed to +-softcap, [B, T, V], fp32."""
         hidden_BTC = rms_norm(self._hidden(tokens_BT))
-        head = self.tok_emb if self.config.tie_embeddings else self.head
-        raw_BTV = F.linear(hidden_BTC, head.weight.to(hidden_BTC.dtype))
+        weight = self.tok_emb.weight if self.config.tie_embeddings else self.head.weight
+        raw_BTV = F.linear(hidden_BTC, weight.to(hidden_BTC.dtype))
         cap = self.config.logit_softcap
         return cap * torch.tanh(_at_least_fp32(raw_BTV) / cap)
 

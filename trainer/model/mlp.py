@@ -18,4 +18,5 @@ class MLP(nn.Module):
         self.down = Linear(config.mlp_dim, config.model_dim, zero_init=True)
 
     def forward(self, x_BTC: Tensor) -> Tensor:
-        return self.down(F.relu(self.up(x_BTC)).square())
+        out_BTC: Tensor = self.down(F.relu(self.up(x_BTC)).square())
+        return out_BTC
