@@ -1,0 +1,166 @@
+"""Muon: momentum, orthogonalised, for the matrices of the blocks.
+
+Jordan et al., https://kellerjordan.github.io/posts/muon, as the challenge's baseline runs it. For
+each matrix W of R rows and C columns with gradient G:
+
+    M <- mu M + G;  U = orthogonalize(G + mu M);  W <- (1 - lr wd) W - lr sqrt(max(1, R / C)) U
+
+Matrices of one shape are stacked and go through each product together: four shapes instead of
+fifty-four matrices. The orthogonalisation, which is the cost, is shared out over the ranks; momentum
+is kept whole on every rank (4 bytes per weight), so a state does not depend on their number.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from trainer.distributed import Group
+from trainer.optim.newton_schulz import orthogonalize
+from trainer.optim.rules import ParamRule
+
+
+@dataclass(frozen=True)
+class _Stack:
+    """Matrices of one shape under one rule."""
+
+    names: tuple[str, ...]
+    params: tuple[nn.Parameter, ...]
+    rule: ParamRule
+    momentum_NRC: Tensor
+    own: slice
+    """The matrices that this rank orthogonalises."""
+    first: int
+    """Where the stack begins in the buffer of all updates."""
+
+    @property
+    def scale(self) -> float:
+        """Keeps the root-mean-square of a tall matrix's update at that of a square one."""
+        rows, columns = self.momentum_NRC.shape[1:]
+        return math.sqrt(max(1.0, rows / columns))
+
+
+class Muon:
+    """Construct and step on all ranks alike, with equal parameters and equal gradients."""
+
+    def __init__(
+        self,
+        params: Sequence[tuple[str, nn.Parameter, ParamRule]],
+        num_steps: int,
+        group: Group,
+    ) -> None:
+        """
+        Args:
+            params: name, matrix and treatment, in any order.
+            num_steps: Newton-Schulz iterations.
+        """
+        self._num_steps = num_steps
+        self._group = group
+        self._dtype = torch.bfloat16 if group.device.type == "cuda" else torch.float32
+        self._stacks = _stack_by_shape(params, group)
+        self._num_values = sum(stack.momentum_NRC.numel() for stack in self._stacks)
+
+    @torch.no_grad()
+    def step(self, lr_mult: float, momentum: float) -> None:
+        """Update every matrix from its gradient, which must be the same on all ranks already."""
+        if not self._stacks:
+            return
+        # Ranks fill in their own matrices; the sum with the others' zeros gathers them.
+        updates = torch.zeros(self._num_values, dtype=self._dtype, device=self._group.device)
+        parts = [
+            updates.narrow(0, stack.first, stack.momentum_NRC.numel()).view_as(stack.momentum_NRC)
+            for stack in self._stacks
+        ]
+        for stack, part_NRC in zip(self._stacks, parts, strict=True):
+            self._orthogonal_update(stack, momentum, part_NRC)
+        self._group.all_reduce_sum_(updates)
+        for stack, part_NRC in zip(self._stacks, parts, strict=True):
+            _apply(stack, part_NRC, stack.rule.lr * lr_mult)
+
+    def _orthogonal_update(self, stack: _Stack, momentum: float, part_NRC: Tensor) -> None:
+        gradient_NRC = torch.stack([_gradient(param) for param in stack.params])
+        stack.momentum_NRC.mul_(momentum).add_(gradient_NRC)
+        own = stack.own
+        if own.start < own.stop:
+            nesterov_NRC = gradient_NRC[own].add_(stack.momentum_NRC[own], alpha=momentum)
+            part_NRC[own] = orthogonalize(nesterov_NRC, self._num_steps, self._dtype)
+
+    def zero_grad(self) -> None:
+        """Drop the matrices' gradients."""
+        for stack in self._stacks:
+            for param in stack.params:
+                param.grad = None
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """A copy of the momentum of each matrix by the parameter's name."""
+        return {
+            name: value.clone()
+            for stack in self._stacks
+            for name, value in zip(stack.names, stack.momentum_NRC, strict=True)
+        }
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Inverse of state_dict, on any number of ranks. KeyError when a matrix is missing."""
+        for stack in self._stacks:
+            for name, value in zip(stack.names, stack.momentum_NRC, strict=True):
+                value.copy_(state[name])
+
+
+def _apply(stack: _Stack, part_NRC: Tensor, lr: float) -> None:
+    params = list(stack.params)
+    if stack.rule.weight_decay:
+        torch._foreach_mul_(params, 1 - lr * stack.rule.weight_decay)
+    steps = (part_NRC.float() * (-lr * stack.scale)).unbind()
+    torch._foreach_add_(params, list(steps))
+
+
+def _gradient(param: nn.Parameter) -> Tensor:
+    assert param.grad is not None, "Muon steps after a backward pass through every matrix"
+    return param.grad
+
+
+def _stack_by_shape(
+    params: Sequence[tuple[str, nn.Parameter, ParamRule]], group: Group
+) -> list[_Stack]:
+    kinds: dict[tuple[torch.Size, ParamRule], list[tuple[str, nn.Parameter]]] = {}
+    for name, param, rule in params:
+        assert param.ndim == 2, f"Muon is for matrices; {name} has shape {tuple(param.shape)}"
+        kinds.setdefault((param.shape, rule), []).append((name, param))
+    costs = [_cost(shape) for (shape, _), members in kinds.items() for _ in members]
+    owners = _share_out(costs, group.size)
+    stacks, first, seen = [], 0, 0
+    for (shape, rule), members in kinds.items():
+        mine = [i for i in range(len(members)) if owners[seen + i] == group.rank]
+        stacks.append(
+            _Stack(
+                names=tuple(name for name, _ in members),
+                params=tuple(param for _, param in members),
+                rule=rule,
+                momentum_NRC=torch.zeros(len(members), *shape, device=group.device),
+                own=slice(mine[0], mine[-1] + 1) if mine else slice(0, 0),
+                first=first,
+            )
+        )
+        first += len(members) * shape.numel()
+        seen += len(members)
+    return stacks
+
+
+def _cost(shape: torch.Size) -> int:
+    """Multiply-adds of one iteration, but for a constant: two products with the wide matrix and one
+    of the square."""
+    short, long = min(shape), max(shape)
+    return short * short * (2 * long + short)
+
+
+def _share_out(costs: Sequence[int], size: int) -> list[int]:
+    """An owner for each of a row of jobs: consecutive pieces of about equal cost, ascending."""
+    owners, before, total = [], 0.0, sum(costs)
+    for cost in costs:
+        owners.append(min(size - 1, int((before + cost / 2) * size / total)))
+        before += cost
+    return owners
