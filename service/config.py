@@ -1,0 +1,150 @@
+"""Settings of the service: command line over caddie.toml over built-in defaults.
+
+The environment holds only secrets and what other tools define: MLFLOW_TRACKING_URI and RAY_ADDRESS
+count where neither the command line nor the file says otherwise.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError
+
+from search_spaces.tracks import TRACKS, Track
+from service.errors import UsageError
+from trainer.config import Settings, describe_faults
+
+FILE = "caddie.toml"
+ENVIRONMENT = {"tracking_uri": "MLFLOW_TRACKING_URI", "address": "RAY_ADDRESS"}
+
+
+class ServiceSettings(Settings):
+    """How sweeps run here. Keys of caddie.toml are the fields' names."""
+
+    out: Path = Path("caddie-runs")
+    """Folder of studies: STUDY/trial-00007/ and, by default, the databases."""
+    storage: str | None = None
+    """Optuna storage URL; None = SQLite in `out`."""
+    tracking_uri: str | None = None
+    """MLflow server or database; None = SQLite in `out`."""
+    address: str | None = None
+    """Ray cluster; None = start one on this machine."""
+    runner: Literal["ray", "local"] = "ray"
+    """"ray": TorchTrainer on a cluster. "local": torchrun on this machine."""
+    data: Path | None = None
+    """Folder of shards and tokenizer; None = the embedded corpus."""
+    trials: PositiveInt = 12
+    """Trials told COMPLETE or PRUNED in all, over every run of the study."""
+    workers_per_trial: PositiveInt = 1
+    gpus_per_worker: NonNegativeFloat = 0.0
+    cpus_per_worker: PositiveFloat = 1.0
+    seed: int = 0
+    """Seeds the sampler."""
+    max_attempts: PositiveInt = 2
+    """How often a trial is tried when it fails through nobody's choice."""
+    grace_seconds: NonNegativeFloat = 60.0
+    """How long running trials may go on after the sweep was asked to stop."""
+    size_limit: Annotated[float, Field(gt=0, lt=1)] = 0.9
+    """A trial whose probability of exceeding the artifact cap is above this is not launched."""
+    tracks: dict[str, Track] = {}
+    """The user's own tracks, beside the built-in ones."""
+
+    @property
+    def storage_url(self) -> str:
+        """The Optuna storage in use."""
+        return self.storage or f"sqlite:///{self.out.absolute() / 'caddie.db'}"
+
+    def track(self, name: str) -> Track:
+        """A track by name, the user's first. Raises UsageError naming the nearest."""
+        known = {**TRACKS, **self.tracks}
+        if name not in known:
+            raise UsageError(f"no track {name!r}; {nearest(name, known)}")
+        return known[name]
+
+
+def load_settings(
+    command_line: Mapping[str, Any] | None = None, file: Path | None = None
+) -> ServiceSettings:
+    """Merge the sources of settings.
+
+    Args:
+        command_line: Values given there; None values count as not given.
+        file: The settings file; None = caddie.toml in the working directory, if there is one.
+
+    Raises:
+        UsageError: The file is missing, unreadable or has unknown or mistyped keys; all of them are
+            listed.
+    """
+    given = {key: value for key, value in (command_line or {}).items() if value is not None}
+    path = file or Path(FILE)
+    written = _read(path) if file is not None or path.exists() else {}
+    defined = {key: os.environ[name] for key, name in ENVIRONMENT.items() if os.environ.get(name)}
+    try:
+        return ServiceSettings.model_validate({**defined, **written, **given})
+    except ValidationError as error:
+        raise UsageError("\n".join(describe_faults(error))) from None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        table = tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        raise UsageError(f"{path}: no such file; write it or leave out the option") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: cannot be read: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"{path}: not valid TOML: {error}; mend that line") from None
+    for name, track in _tables(table.get("tracks")):
+        track.setdefault("name", name)
+    faults = [
+        f"{path}: {key}: no such setting; {nearest(key, ServiceSettings.model_fields)}"
+        for key in table
+        if key not in ServiceSettings.model_fields
+    ]
+    known = {key: value for key, value in table.items() if key in ServiceSettings.model_fields}
+    try:
+        ServiceSettings.model_validate(known)
+    except ValidationError as error:
+        faults += [f"{path}: {line}" for line in _describe(error)]
+    if faults:
+        raise UsageError("\n".join(faults))
+    return known
+
+
+def _tables(value: Any) -> list[tuple[str, dict[str, Any]]]:
+    if not isinstance(value, dict):
+        return []
+    return [(name, table) for name, table in value.items() if isinstance(table, dict)]
+
+
+def _describe(error: ValidationError) -> list[str]:
+    """As describe_faults, but near names come from tracks, not from training settings."""
+    lines = []
+    for fault in error.errors():
+        path = ".".join(str(part) for part in fault["loc"])
+        if fault["type"] == "extra_forbidden":
+            leaf = str(fault["loc"][-1])
+            lines.append(f"{path}: no such setting; {nearest(leaf, Track.model_fields)}")
+        else:
+            message = fault["msg"][0].lower() + fault["msg"][1:]
+            lines.append(f"{path} = {fault['input']!r}: {message}; correct it")
+    return lines
+
+
+def nearest(name: str, known: Mapping[str, Any] | list[str]) -> str:
+    """The remedy for a wrong name: the nearest ones, else all."""
+    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    if near:
+        return f"did you mean {', '.join(near)}?"
+    return f"there are {', '.join(known) or 'none'}"
+
+
+def mask_passwords(text: str) -> str:
+    """The text with every password in a URL replaced by ***."""
+    return re.sub(r"(://[^:/@\s]*:)[^@\s]*(@)", r"\1***\2", text)
