@@ -1,0 +1,97 @@
+"""`caddie data demo|prepare|fetch`, and how other commands find a data set for a recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from service.commands.terminal import JsonFlag, output, print_json, say
+from service.errors import UsageError
+from trainer.config import TrainConfig
+
+DEMO_DIR = Path("caddie-data/demo")
+"""Where the embedded corpus is built when a command needs it and no --data is given."""
+DEMO_VOCAB = 512
+
+OutOption = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for the data set.")]
+
+
+def demo(out: OutOption = DEMO_DIR, as_json: JsonFlag = False) -> None:
+    """Build the embedded corpus from the Python standard library: tokenizer and shards."""
+    from trainer.data.demo_corpus import build_demo
+
+    _show(build_demo(out, vocab_size=DEMO_VOCAB, progress=say), as_json)
+
+
+def prepare(
+    texts: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="TEXT...",
+            help="Plain text with NUL between documents, .jsonl with a text field, or either .xz.",
+        ),
+    ],
+    vocab_size: Annotated[int, typer.Option("--vocab-size", min=1, help="Tokenizer pieces.")],
+    out: OutOption,
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option("--tokenizer", metavar="MODEL", help="Use this SentencePiece model."),
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Turn text into a tokenizer and shards in the challenge's format."""
+    from trainer.data.prepare import prepare as prepare_texts
+
+    for path in [*texts, *([tokenizer] if tokenizer is not None else [])]:
+        if not path.is_file():
+            raise UsageError(f"{path}: no such file; give paths of text files")
+    _show(prepare_texts(texts, vocab_size, out, tokenizer=tokenizer, progress=say), as_json)
+
+
+def data_for(config: TrainConfig, data: Path | None, recipe: str) -> Path:
+    """The absolute folder of a data set that fits the recipe's vocabulary, checked.
+
+    Without --data it is the embedded corpus, built on first use, when the vocabulary matches.
+
+    Raises: UsageError naming the command that makes a fitting data set.
+    """
+    vocab_size = config.model.vocab_size
+    if data is None:
+        if vocab_size != DEMO_VOCAB:
+            raise UsageError(
+                f"{recipe} has model.vocab_size = {vocab_size} and no --data was given; the "
+                f"embedded corpus has {DEMO_VOCAB} pieces. Make a data set with `caddie data "
+                f"prepare TEXT... --vocab-size {vocab_size} --out DIR` or `caddie data fetch "
+                f"sp{vocab_size} --out DIR`, then pass --data DIR"
+            )
+        from trainer.data.demo_corpus import build_demo
+
+        build_demo(DEMO_DIR, vocab_size=DEMO_VOCAB, progress=say)
+        return DEMO_DIR.resolve()
+    if not data.is_dir():
+        raise UsageError(f"--data {data}: no such folder; make it with `caddie data prepare`")
+    _check_vocabulary(data, vocab_size, recipe)
+    return data.resolve()
+
+
+def _check_vocabulary(data: Path, vocab_size: int, recipe: str) -> None:
+    from trainer.data.dataset import Dataset
+
+    found = Dataset.open(data).vocab_size
+    if found != vocab_size:
+        raise UsageError(
+            f"--data {data} has a tokenizer of {found} pieces, but {recipe} has "
+            f"model.vocab_size = {vocab_size}; pass a data set of {vocab_size} pieces, or "
+            f"--set model.vocab_size={found}"
+        )
+
+
+def _show(made: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        return print_json(made)
+    output().print(
+        f"{made['dir']}: {made['vocab_size']} pieces, {made['train_tokens']:,} training and "
+        f"{made['val_tokens']:,} validation tokens, digest {made['digest']}"
+    )
