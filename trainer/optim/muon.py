@@ -5,9 +5,10 @@ each matrix W of R rows and C columns with gradient G:
 
     M <- mu M + G;  U = orthogonalize(G + mu M);  W <- (1 - lr wd) W - lr sqrt(max(1, R / C)) U
 
-Matrices of one shape are stacked and go through each product together: four shapes instead of
-fifty-four matrices. The orthogonalisation, which is the cost, is shared out over the ranks; momentum
-is kept whole on every rank (4 bytes per weight), so a state does not depend on their number.
+Matrices of one shape are stacked and go through each product together: the baseline's fifty-four
+matrices have four shapes. The orthogonalisation, which is the cost, is shared out over the ranks;
+momentum is kept whole on every rank (4 bytes per weight), so a state does not depend on their
+number.
 """
 
 from __future__ import annotations
@@ -111,11 +112,10 @@ class Muon:
 
 
 def _apply(stack: _Stack, part_NRC: Tensor, lr: float) -> None:
-    params = list(stack.params)
+    params: list[Tensor] = list(stack.params)
     if stack.rule.weight_decay:
         torch._foreach_mul_(params, 1 - lr * stack.rule.weight_decay)
-    steps = (part_NRC.float() * (-lr * stack.scale)).unbind()
-    torch._foreach_add_(params, list(steps))
+    torch._foreach_add_(params, part_NRC.float().mul_(-lr * stack.scale).unbind())
 
 
 def _gradient(param: nn.Parameter) -> Tensor:

@@ -27,8 +27,8 @@ def orthogonalize(stack_NRC: Tensor, num_steps: int, dtype: torch.dtype) -> Tens
     tall = stack_NRC.size(1) > stack_NRC.size(2)
     # The products are of the side of the rows: work on the wide form.
     wide = stack_NRC.mT if tall else stack_NRC
-    norm = torch.linalg.matrix_norm(wide, keepdim=True)
-    x = (wide / (norm + NORM_EPS)).to(dtype).contiguous()
+    norm: Tensor = torch.linalg.matrix_norm(wide, keepdim=True)
+    x: Tensor = (wide / (norm + NORM_EPS)).to(dtype).contiguous()
     a, b, c = COEFFICIENTS
     for _ in range(num_steps):
         gram = x @ x.mT
