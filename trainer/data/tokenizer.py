@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import random
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -12,6 +14,11 @@ from trainer.errors import DataError
 
 SPACE_MARK = "\u2581"
 """How a SentencePiece piece spells a space."""
+SENTENCE = re.compile(r".{1,1000}(?=\s|\Z)|.{1,1000}", re.DOTALL)
+"""Up to 1000 characters that end before white space, where there is any: SentencePiece drops what
+has more than 4192 bytes, and a character has at most 4."""
+SAMPLE_SENTENCES = 20_000
+"""Sentences that a tokenizer is trained on: up to 20 MB, drawn evenly from the text."""
 
 
 def load_tokenizer(path: Path) -> sentencepiece.SentencePieceProcessor:
@@ -76,3 +83,17 @@ def train_tokenizer(sentences: Iterable[str], vocab_size: int, path: Path) -> No
             f"this text fills only {found} of {vocab_size} pieces; give more text, or ask for a "
             f"vocabulary of {found}"
         )
+
+
+def sample_sentences(documents: Iterable[str], size: int = SAMPLE_SENTENCES) -> list[str]:
+    """An even sample of the documents' sentences in the order of the text (reservoir sampling with
+    a fixed seed), each at most 1000 characters long."""
+    generator = random.Random(0)
+    kept: list[tuple[int, str]] = []
+    sentences = (sentence for text in documents for sentence in SENTENCE.findall(text))
+    for index, sentence in enumerate(sentences):
+        if len(kept) < size:
+            kept.append((index, sentence))
+        elif (slot := generator.randrange(index + 1)) < size:
+            kept[slot] = (index, sentence)
+    return [sentence for _, sentence in sorted(kept)]

@@ -1,0 +1,154 @@
+"""Published shards and their tokenizer, downloaded through huggingface_hub and counted.
+
+The challenge's repositories have a manifest.json that lists data sets with their numbers of files
+and tokens. It is fetched anew each time: an old copy does not know of later variants. Shards go
+through huggingface_hub's own cache, so an interrupted download goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from trainer.data.build_folder import build_folder, sole_maker
+from trainer.data.dataset import Dataset
+from trainer.data.encode import Progress
+from trainer.data.shards import num_tokens
+from trainer.errors import DataError
+
+REPOSITORY = "willdepueoai/parameter-golf"
+ROOT = "datasets"
+"""Folder of the repository that holds the manifest."""
+SCORED_TOKENS: Mapping[str, tuple[int, int]] = {
+    "sp1024": (1024, 62_021_632),
+    "sp4096": (2048, 45_508_608),
+    "sp8192": (2048, 40_540_160),
+}
+"""Variant -> (row length, validation tokens that are scored at it), as the published logs have
+them. A truncated validation shard once went unnoticed for days."""
+
+
+def fetch(
+    variant: str,
+    out: Path,
+    num_train_shards: int | None = 1,
+    repository: str = REPOSITORY,
+    root: str = ROOT,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Download a variant into the folder `out`, all validation shards and the tokenizer included.
+
+    Args:
+        variant: such as "sp1024": the data set fineweb10B_<variant> of the manifest.
+        out: folder to make; a folder of shards is replaced, any other refused.
+        num_train_shards: of 100 M tokens each; None = all.
+        repository: a Hugging Face data set repository. HF_ENDPOINT, HF_TOKEN and HF_HOME mean what
+            they mean to huggingface_hub.
+        root: folder of the repository that holds manifest.json.
+        progress: called with ("download", files done, files in all).
+
+    Returns {dir, vocab_size, train_tokens, val_tokens, digest}. Raises DataError when the download
+    fails, the manifest lacks the variant or as many shards, or a count differs from it.
+    """
+    manifest = _read_remote_manifest(repository, root)
+    entry = _named(manifest, "datasets", f"fineweb10B_{variant}")
+    tokenizer = _named(manifest, "tokenizers", entry.get("tokenizer_name"))
+    stats = entry.get("stats") or {}
+    names = _shard_names(variant, stats, num_train_shards)
+    folder_name = f"{root}/datasets/{entry['name']}"
+    remote = [f"{folder_name}/{name}" for name in names] + [f"{root}/{tokenizer['model_path']}"]
+    with sole_maker(out), build_folder(out) as folder:
+        for done, path in enumerate(remote, start=1):
+            _place(_download(repository, path), folder / path.rsplit("/", 1)[-1])
+            if progress is not None:
+                progress("download", done, len(remote))
+        _check_counts(variant, folder, names, stats)
+        dataset = Dataset.open(folder)
+    return {
+        "dir": str(out),
+        "vocab_size": dataset.vocab_size,
+        "train_tokens": dataset.train_tokens,
+        "val_tokens": dataset.val_tokens,
+        "digest": dataset.digest,
+    }
+
+
+def _read_remote_manifest(repository: str, root: str) -> dict[str, Any]:
+    path = _download(repository, f"{root}/manifest.json", force=True)
+    try:
+        manifest = json.loads(path.read_text())
+    except ValueError as error:
+        raise DataError(
+            f"{repository}: {root}/manifest.json is not JSON ({error}); check the repository"
+        ) from None
+    return dict(manifest)
+
+
+def _named(manifest: dict[str, Any], kind: str, name: str | None) -> dict[str, Any]:
+    entries = {entry.get("name"): entry for entry in manifest.get(kind, [])}
+    if name not in entries:
+        raise DataError(
+            f"the manifest has no {kind} entry {name}; it has "
+            f"{', '.join(sorted(map(str, entries))) or 'none'}"
+        )
+    return dict(entries[name])
+
+
+def _shard_names(variant: str, stats: Mapping[str, Any], num_train: int | None) -> list[str]:
+    available = {split: int(stats.get(f"files_{split}", 0)) for split in ("train", "val")}
+    if num_train is None:
+        num_train = available["train"]
+    if not 1 <= num_train <= available["train"]:
+        raise DataError(
+            f"{num_train} training shards of {variant} asked for, the manifest has "
+            f"{available['train']}; ask for 1 to {available['train']}"
+        )
+    counts = {"train": num_train, "val": available["val"]}
+    return [
+        f"fineweb_{split}_{index:06d}.bin" for split in counts for index in range(counts[split])
+    ]
+
+
+def _check_counts(variant: str, folder: Path, names: list[str], stats: Mapping[str, Any]) -> None:
+    for split in ("train", "val"):
+        paths = [folder / name for name in names if f"_{split}_" in name]
+        found = sum(num_tokens(path) for path in paths)
+        expected = stats.get(f"tokens_{split}")
+        is_whole = len(paths) == int(stats[f"files_{split}"])
+        if expected is not None and is_whole and found != int(expected):
+            raise DataError(
+                f"{variant}: {found} {split} tokens downloaded, the manifest states {expected}; "
+                "empty huggingface_hub's cache of this repository and fetch again"
+            )
+
+
+def _download(repository: str, path: str, force: bool = False) -> Path:
+    try:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import HfHubHTTPError
+    except ImportError:
+        raise DataError(
+            "downloading needs huggingface_hub; install it with `pip install huggingface_hub`"
+        ) from None
+    try:
+        return Path(
+            hf_hub_download(repository, path, repo_type="dataset", force_download=force)
+        ).resolve()
+    except (HfHubHTTPError, OSError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise DataError(
+            f"{repository}: cannot download {path} ({reason}); check the network, HF_ENDPOINT and "
+            "the repository's name"
+        ) from None
+
+
+def _place(source: Path, target: Path) -> None:
+    # A hard link costs no space; the cache may lie on another file system.
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
