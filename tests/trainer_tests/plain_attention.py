@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def plain_attention(
-    q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, window: int | None = None
+    q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, /, *, window: int | None = None
 ) -> Tensor:
     """Causal grouped-query attention in the inputs' dtype; differentiable, slow."""
     num_rows, num_tokens, num_heads, width = q_BTHD.shape

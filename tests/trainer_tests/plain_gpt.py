@@ -66,7 +66,8 @@ def _attention(config: ModelConfig, w: Weights, a: str, h: Tensor) -> Tensor:
     ]
     k = [_rotary(config, _rms(head)) for head in heads("k", config.num_kv_heads)]
     v = heads("v", config.num_kv_heads)
-    out = plain_attention(*(torch.stack(part, 1)[None] for part in (q, k, v)))[0]
+    q_THD, k_TGD, v_TGD = (torch.stack(part, 1) for part in (q, k, v))
+    out = plain_attention(q_THD[None], k_TGD[None], v_TGD[None])[0]
     return out.reshape(len(h), -1) @ w[a + "out.weight"].T
 
 

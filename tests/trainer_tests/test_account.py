@@ -39,7 +39,7 @@ def test_baseline_has_the_published_number_of_parameters() -> None:
 
 @pytest.mark.parametrize("config", [CONFIGS[0], CONFIGS[3]])
 def test_matrix_operations_equal_what_torch_counts(config: ModelConfig) -> None:
-    def no_products(q: Tensor, k: Tensor, v: Tensor, *, window: int | None = None) -> Tensor:
+    def no_products(q: Tensor, k: Tensor, v: Tensor, /, *, window: int | None = None) -> Tensor:
         repeats = q.size(2) // k.size(2)
         return q + (k + v).repeat_interleave(repeats, dim=2)
 

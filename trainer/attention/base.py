@@ -19,7 +19,7 @@ class Attend(Protocol):
     """
 
     def __call__(
-        self, q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, *, window: int | None = None
+        self, q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, /, *, window: int | None = None
     ) -> Tensor:
         """Attention output, [B, T, H, D], in the dtype of q.
 
