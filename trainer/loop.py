@@ -30,6 +30,7 @@ from trainer.data.loader import TrainLoader
 from trainer.distributed import Group, join_group
 from trainer.errors import ArtifactError
 from trainer.evaluate.bits_per_byte import EvalResult, evaluate
+from trainer.evaluate.bits_per_byte import prime as prime_evaluation
 from trainer.model.gpt import GPT
 from trainer.optim import Optimizer, build_optimizer
 from trainer.pacer import StepPacer
@@ -51,8 +52,11 @@ def train(config: TrainConfig, reporter: Reporter, out: Path | None = None) -> T
     """
     with join_group(config.runtime.device) as group, tempfile.TemporaryDirectory() as scratch:
         run = Run.build(config, reporter if group.is_main else NullReporter(), group)
-        run.prime()
-        reason = run.train_to_budget()
+        try:
+            run.prime()
+            reason = run.train_to_budget()
+        finally:
+            run.loader.close()
         if reason is not None:
             return run.result(stop_reason=reason)
         prequant = run.score_prequant()
@@ -100,6 +104,7 @@ class Run:
         )
         with timer.phase("build"):
             dataset = Dataset.open(config.data.dir, config.model.vocab_size)
+            dataset.check_scored_tokens(config.evaluate.seq_len, config.data.val_tokens)
             byte_table = ByteTable.from_tokenizer(dataset.tokenizer_path, config.model.vocab_size)
             torch.manual_seed(config.runtime.seed)
             if device.type == "cuda":
@@ -168,16 +173,7 @@ class Run:
             self.model.load_state_dict(weights)
             self.optimizer.load_state_dict(optimizer_state)
             self.loader.load_state_dict(position)
-            self._prime_evaluation()
-
-    def _prime_evaluation(self) -> None:
-        """Compile the scoring graph on random tokens; it sees no validation token."""
-        setting = self.config.evaluate
-        rows = setting.batch_tokens // setting.seq_len
-        shape = (rows, setting.seq_len)
-        tokens = torch.randint(self.config.model.vocab_size, shape, device=self.group.device)
-        with torch.no_grad():
-            self.forward(tokens, tokens, reduction="none")
+            prime_evaluation(self.forward, self.dataset, self.config.evaluate, self.group)
 
     def _step(self, step: int, progress: float) -> Tensor:
         """One optimiser step; returns the mean training loss over all workers, on the device."""
@@ -206,24 +202,22 @@ class Run:
         pacer = StepPacer(self.group.device)
         reason: str | None = None
         self.clock.start()
-        with self.timer.phase("train_wall"):
-            for step in itertools.count():
-                self._collect(pacer.wait())
-                reason = reason or self.reporter.stop_requested() or self._not_finite()
-                gate = self.clock.gate(pacer.in_flight, reason is not None)
-                if gate.near_cap and pacer.in_flight:
-                    self._collect(pacer.drain())
-                    gate = self.clock.gate(0, reason is not None)
-                if gate.stop or self.steps == config.budget.max_steps:
-                    break
-                pacer.launched(self._step(step, self._progress(step, gate)))
-                self.steps += 1
-                if config.runtime.val_every and self.steps % config.runtime.val_every == 0:
-                    self._collect(pacer.drain())
-                    self._validate()
-            self._collect(pacer.drain())
-            self.clock.stop()
-        self.timer.seconds.pop("train_wall")
+        for step in itertools.count():
+            self._collect(pacer.wait())
+            reason = reason or self.reporter.stop_requested() or self._not_finite()
+            gate = self.clock.gate(pacer.in_flight, reason is not None)
+            if gate.near_cap and pacer.in_flight:
+                self._collect(pacer.drain())
+                gate = self.clock.gate(0, reason is not None)
+            if gate.stop or self.steps == config.budget.max_steps:
+                break
+            pacer.launched(self._step(step, self._progress(step, gate)))
+            self.steps += 1
+            if config.runtime.val_every and self.steps % config.runtime.val_every == 0:
+                self._collect(pacer.drain())
+                self._validate()
+        self._collect(pacer.drain())
+        self.clock.stop()
         self.timer.add("train", self.clock.elapsed())
         reason = reason or self._not_finite()
         if self.group.max_float(float(reason is not None)) > 0:
@@ -284,12 +278,7 @@ class Run:
 
     def _evaluate(self) -> EvalResult:
         return evaluate(
-            self.forward,
-            self.dataset,
-            self.byte_table,
-            self.config.evaluate,
-            self.group,
-            expected_tokens=self.config.data.val_tokens,
+            self.forward, self.dataset, self.byte_table, self.config.evaluate, self.group
         )
 
     def score_prequant(self) -> EvalResult | None:
