@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from service.commands.terminal import JsonFlag, output, print_json, say
+from service.commands.progress import StageProgress
+from service.commands.terminal import JsonFlag, output, print_json
 from service.errors import UsageError
 from trainer.config import TrainConfig
 
@@ -22,7 +23,9 @@ def demo(out: OutOption = DEMO_DIR, as_json: JsonFlag = False) -> None:
     """Build the embedded corpus from the Python standard library: tokenizer and shards."""
     from trainer.data.demo_corpus import build_demo
 
-    _show(build_demo(out, vocab_size=DEMO_VOCAB, progress=say), as_json)
+    with StageProgress() as progress:
+        made = build_demo(out, vocab_size=DEMO_VOCAB, progress=progress)
+    _show(made, as_json)
 
 
 def prepare(
@@ -39,15 +42,33 @@ def prepare(
         Path | None,
         typer.Option("--tokenizer", metavar="MODEL", help="Use this SentencePiece model."),
     ] = None,
+    val_texts: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--val-text", metavar="TEXT", help="Validation text; default: 5 % of the documents."
+        ),
+    ] = None,
+    name: Annotated[str, typer.Option("--name", help="First part of the files' names.")] = "corpus",
     as_json: JsonFlag = False,
 ) -> None:
     """Turn text into a tokenizer and shards in the challenge's format."""
     from trainer.data.prepare import prepare as prepare_texts
 
-    for path in [*texts, *([tokenizer] if tokenizer is not None else [])]:
-        if not path.is_file():
-            raise UsageError(f"{path}: no such file; give paths of text files")
-    _show(prepare_texts(texts, vocab_size, out, tokenizer=tokenizer, progress=say), as_json)
+    given = [*texts, *(val_texts or []), *([tokenizer] if tokenizer is not None else [])]
+    missing = [f"{path}: no such file; check the path" for path in given if not path.is_file()]
+    if missing:
+        raise UsageError("\n".join(missing))
+    with StageProgress() as progress:
+        made = prepare_texts(
+            texts,
+            vocab_size,
+            out,
+            tokenizer=tokenizer,
+            progress=progress,
+            val_texts=val_texts or (),
+            name=name,
+        )
+    _show(made, as_json)
 
 
 def data_for(config: TrainConfig, data: Path | None, recipe: str) -> Path:
@@ -68,7 +89,8 @@ def data_for(config: TrainConfig, data: Path | None, recipe: str) -> Path:
             )
         from trainer.data.demo_corpus import build_demo
 
-        build_demo(DEMO_DIR, vocab_size=DEMO_VOCAB, progress=say)
+        with StageProgress() as progress:
+            build_demo(DEMO_DIR, vocab_size=DEMO_VOCAB, progress=progress)
         return DEMO_DIR.resolve()
     if not data.is_dir():
         raise UsageError(f"--data {data}: no such folder; make it with `caddie data prepare`")

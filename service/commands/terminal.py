@@ -6,7 +6,6 @@ answers go there too without --json; progress, warnings and errors never do.
 
 from __future__ import annotations
 
-import difflib
 import json
 import sys
 from collections.abc import Iterable, Mapping
@@ -17,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from service.config import nearest
 from service.errors import UsageError
 
 T = TypeVar("T")
@@ -59,16 +59,7 @@ def named(kind: str, name: str, table: Mapping[str, T]) -> T:
     """The entry called `name`; UsageError with the nearest names when there is none."""
     if name in table:
         return table[name]
-    raise UsageError(f"no {kind} is called {name!r}; {nearest(name, table)}")
-
-
-def nearest(name: str, names: Iterable[str]) -> str:
-    """A hint that lists the names closest to a wrong one, or all when none is close."""
-    known = list(names)
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    if near:
-        return f"did you mean {', '.join(near)}?"
-    return f"there are: {', '.join(known)}" if known else "there are none"
+    raise UsageError(f"no {kind} is called {name!r}; {nearest(name, dict(table))}")
 
 
 def make_table(*columns: str, right: Iterable[str] = (), title: str | None = None) -> Table:

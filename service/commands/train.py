@@ -55,9 +55,11 @@ def train(
         raise UsageError(f"{folder} already holds a run; give another --out")
     result = run(config, folder.resolve(), nproc)
     if as_json:
-        print_json(result.model_dump(mode="json") | {"bytes_total": result.bytes_total})
+        print_json(result.model_dump(mode="json"))
     else:
         show_result(result, folder)
+    if result.status == "stopped":
+        raise typer.Exit(1)
 
 
 def run(config: TrainConfig, folder: Path, nproc: int) -> TrainResult:

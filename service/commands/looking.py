@@ -1,0 +1,140 @@
+"""`caddie leaderboard`, `ui`, `doctor`: looking at studies and at the machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from service.commands.study_files import artifact_root, study_dir, tracking_uri
+from service.commands.terminal import (
+    JsonFlag,
+    make_table,
+    number,
+    output,
+    print_json,
+    say,
+    setting,
+)
+from service.config import ServiceSettings, load_settings
+from service.reports.leaderboard import TYPICAL_SEED_SD, Row
+
+StudyArgument = Annotated[str, typer.Argument(metavar="STUDY", help="See `caddie sweep list`.")]
+OutOption = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Folder of studies.")]
+StorageOption = Annotated[
+    str | None, typer.Option("--storage", metavar="URL", help="Optuna storage.")
+]
+TrackingOption = Annotated[
+    str | None, typer.Option("--tracking-uri", metavar="URL", help="MLflow server or database.")
+]
+
+
+def leaderboard(
+    study: StudyArgument,
+    storage: StorageOption = None,
+    out: OutOption = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Show the feasible trials of a study, best first."""
+    from service.reports.leaderboard import as_rows
+
+    settings = load_settings({"storage": storage, "out": out})
+    rows = leaderboard_rows(study, settings)
+    if as_json:
+        return print_json(as_rows(rows))
+    show_leaderboard(rows)
+
+
+def leaderboard_rows(study: str, settings: ServiceSettings) -> list[Row]:
+    """The leaderboard of a stored study."""
+    from service.reports.leaderboard import leaderboard as rank
+    from service.reports.study_view import view_trials
+    from service.study import load_study
+
+    loaded = load_study(study, settings.storage_url)
+    trials = view_trials(loaded, study_dir(settings, study))
+    return rank(trials, settings.track(loaded.user_attrs["track"]).artifact_bytes)
+
+
+def show_leaderboard(rows: list[Row], limit: int = 20) -> None:
+    """The table for a person."""
+    if not rows:
+        output().print("no feasible trial yet")
+        return
+    numbers = ("rank", "bits per byte", "bytes", "left", "train s", "eval s", "steps", "seeds")
+    table = make_table(*numbers[:2], "95 %", *numbers[2:], "trials", "settings", right=numbers)
+    for row in rows[:limit]:
+        interval = "-" if row.interval is None else "{:.4f} .. {:.4f}".format(*row.interval)
+        table.add_row(
+            str(row.rank),
+            number(row.mean),
+            interval,
+            number(row.bytes_total, 0),
+            number(row.bytes_left, 0),
+            number(row.train_seconds, 1),
+            number(row.eval_seconds, 1),
+            number(row.steps, 0),
+            str(row.n),
+            ",".join(str(trial) for trial in row.numbers),
+            " ".join(f"{path}={setting(value)}" for path, value in row.overrides.items()) or "-",
+        )
+    output().print(table)
+    if len(rows) > limit:
+        output().print(f"... and {len(rows) - limit} more; --json lists all")
+    if all(row.n == 1 for row in rows):
+        output().print(
+            "one seed each: no interval. Seeds alone move large runs by about "
+            f"{TYPICAL_SEED_SD} bits per byte (standard deviation), small ones by more"
+        )
+
+
+def ui(
+    study: Annotated[str | None, typer.Argument(metavar="[STUDY]")] = None,
+    storage: StorageOption = None,
+    tracking: TrackingOption = None,
+    out: OutOption = None,
+) -> None:
+    """Serve the MLflow UI and optuna-dashboard on loopback until Ctrl-C."""
+    from service.study import load_study, open_storage
+    from service.ui import serve
+
+    settings = load_settings({"storage": storage, "tracking_uri": tracking, "out": out})
+    if study is not None:
+        study_id = load_study(study, settings.storage_url)._study_id
+    else:
+        study_id = None
+        settings.out.mkdir(parents=True, exist_ok=True)
+        open_storage(settings.storage_url)
+    root = artifact_root(settings) or ""
+    serve(
+        settings.storage_url, tracking_uri(settings), root, study_id, settings.out.absolute(), say
+    )
+
+
+def doctor(
+    storage: StorageOption = None,
+    tracking: TrackingOption = None,
+    out: OutOption = None,
+    address: Annotated[
+        str | None, typer.Option("--address", metavar="RAY", help="Ray cluster.")
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Check what this machine has, and say what to do about what it lacks."""
+    from service.doctor import as_rows, examine
+
+    settings = load_settings(
+        {"storage": storage, "tracking_uri": tracking, "out": out, "address": address}
+    )
+    findings = examine(settings.out, settings.storage_url, tracking_uri(settings), settings.address)
+    if as_json:
+        print_json(as_rows(findings))
+    else:
+        table = make_table("check", "ok", "found", "do")
+        for finding in findings:
+            mark = "yes" if finding.ok else "[red]no[/red]"
+            table.add_row(finding.check, mark, finding.detail, finding.remedy)
+        output().print(table)
+    if not all(finding.ok for finding in findings):
+        raise typer.Exit(1)

@@ -1,0 +1,24 @@
+"""Where the parts of a study are: one place that turns settings into paths and URLs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from service.config import ServiceSettings
+
+
+def study_dir(settings: ServiceSettings, study: str) -> Path:
+    """The folder of a study: its trials and trials.jsonl."""
+    return settings.out.absolute() / study
+
+
+def tracking_uri(settings: ServiceSettings) -> str:
+    """The MLflow store in use; by default SQLite beside the studies."""
+    return settings.tracking_uri or f"sqlite:///{settings.out.absolute() / 'mlflow.db'}"
+
+
+def artifact_root(settings: ServiceSettings) -> str | None:
+    """Where a local MLflow store keeps files; None = as its server decides."""
+    if tracking_uri(settings).startswith(("http://", "https://", "databricks")):
+        return None
+    return (settings.out.absolute() / "mlartifacts").as_uri()

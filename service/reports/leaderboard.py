@@ -1,0 +1,108 @@
+"""Which configuration is best and fits: feasible trials, grouped by configuration, best first.
+
+Trials that differ in their seed alone are one row. One seed proves nothing, so a row of one trial
+has no interval; from two seeds on it has a 95 % confidence interval of the mean (Student's t).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from service.reports.study_view import TrialView
+
+SEED_PATH = "runtime.seed"
+TYPICAL_SEED_SD = 0.0007
+"""Bits per byte: pooled over published 8xH100 runs of several seeds; small models vary more."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One configuration."""
+
+    rank: int
+    numbers: list[int]
+    """Its trials, best first."""
+    overrides: dict[str, Any]
+    """What differs from the recipe, the seed aside."""
+    seeds: list[int | None]
+    n: int
+    mean: float
+    """Bits per byte."""
+    interval: list[float] | None
+    """95 % confidence interval of the mean; None for one seed."""
+    bytes_total: int | None
+    """Of the largest artifact among the seeds."""
+    bytes_left: int | None
+    train_seconds: float | None
+    """Of the slowest run among the seeds."""
+    eval_seconds: float | None
+    steps: int | None
+
+
+def leaderboard(trials: Iterable[TrialView], artifact_bytes: int | None) -> list[Row]:
+    """Rank the feasible, measured trials.
+
+    Args:
+        artifact_bytes: The cap that bytes_left is counted from; None = no cap.
+    """
+    groups: dict[str, list[TrialView]] = {}
+    for trial in trials:
+        if trial.is_feasible and trial.value is not None and math.isfinite(trial.value):
+            groups.setdefault(_configuration(trial), []).append(trial)
+    ordered = sorted(groups.values(), key=lambda group: statistics.fmean(_values(group)))
+    return [_row(rank, group, artifact_bytes) for rank, group in enumerate(ordered, start=1)]
+
+
+def as_rows(rows: list[Row]) -> list[dict[str, Any]]:
+    """The contract's list; `number` names the best trial of each row."""
+    return [{"number": row.numbers[0], **asdict(row)} for row in rows]
+
+
+def mean_interval(values: list[float]) -> list[float] | None:
+    """95 % confidence interval of the mean under a normal distribution; None below two values."""
+    if len(values) < 2:
+        return None
+    from scipy.stats import t
+
+    half = float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+    mean = statistics.fmean(values)
+    return [mean - half, mean + half]
+
+
+def _row(rank: int, group: list[TrialView], artifact_bytes: int | None) -> Row:
+    group = sorted(group, key=lambda trial: (trial.value, trial.number))
+    results = [trial.result for trial in group if trial.result is not None]
+    sizes = [result.bytes_total for result in results if result.bytes_total is not None]
+    bytes_total = max(sizes, default=None)
+    values = _values(group)
+    overrides = {path: v for path, v in group[0].overrides.items() if path != SEED_PATH}
+    return Row(
+        rank=rank,
+        numbers=[trial.number for trial in group],
+        overrides=overrides,
+        seeds=[trial.seed for trial in group],
+        n=len(group),
+        mean=statistics.fmean(values),
+        interval=mean_interval(values),
+        bytes_total=bytes_total,
+        bytes_left=None
+        if bytes_total is None or artifact_bytes is None
+        else artifact_bytes - bytes_total,
+        train_seconds=max((r.phases.get("train", 0.0) for r in results), default=None),
+        eval_seconds=max((r.phases.get("evaluate", 0.0) for r in results), default=None),
+        steps=min((result.steps for result in results), default=None),
+    )
+
+
+def _values(group: list[TrialView]) -> list[float]:
+    return [trial.value for trial in group if trial.value is not None]
+
+
+def _configuration(trial: TrialView) -> str:
+    rest = {path: value for path, value in trial.overrides.items() if path != SEED_PATH}
+    return json.dumps(rest, sort_keys=True)
