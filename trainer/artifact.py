@@ -1,0 +1,285 @@
+"""The packed model: quantised weights <-> one file, whose length is what the byte budget counts.
+
+    magic (8)  version (2)  header: packed size (4), size (4)  header  streams ...  checksum (16)
+
+All integers little-endian. The header is brotli-packed JSON: the run's settings, then name, scheme
+and shape of every tensor, tied names, and the packed size of each stream. There is one stream per
+element type (codes, scales, floats), because each has its own statistics. Sizes of arrays are not
+stored: they follow from scheme and shape, so they cannot disagree.
+
+The file comes from strangers as often as from us: nothing in it is executed, no name in it is a
+path, and every size is checked before memory is taken. Never pickle, never torch.save.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import shutil
+import stat
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from trainer.compress import CODECS, compress, decompress
+from trainer.config import TrainConfig
+from trainer.errors import ArtifactError
+from trainer.quantize import SCHEMES, ArraySpec, QuantizedState, QuantizedTensor
+
+MAGIC = b"\x89CADDIE\n"
+VERSION = 1
+SAFE_BYTES = 1 << 30
+"""An artifact may always unpack to this much,"""
+SAFE_RATIO = 64
+"""and otherwise to this many times its own size; trained weights shrink by 1.1 to 8."""
+
+_PREFIX = struct.Struct("<8sHII")
+_CHECKSUM_BYTES = 16
+_MAX_HEADER_BYTES = 1 << 20
+_FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+Size = Annotated[int, Field(ge=0, le=1 << 48)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.]+$", max_length=200)]
+
+
+class _Header(BaseModel):
+    """What the file says about itself; strict, so that nothing is guessed."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    config: dict[str, Any]
+    tensors: list[tuple[Name, str, Annotated[list[Size], Field(max_length=8)]]]
+    aliases: dict[Name, Name]
+    streams: dict[str, Size]
+    """Element type -> packed bytes, in the order of the file."""
+
+
+def encode(quantized: QuantizedState, config: TrainConfig) -> bytes:
+    """The file's content; equal input gives equal bytes on every machine.
+
+    data.dir is left out: where the data lay is nobody's business and must not change the size.
+    """
+    settings = config.to_dict()
+    settings["data"]["dir"] = ""
+    streams = {
+        dtype: compress(data, config.compress, np.dtype(dtype).itemsize)
+        for dtype, data in _gather(quantized).items()
+    }
+    header = _Header(
+        config=settings,
+        tensors=[(name, t.scheme, list(t.shape)) for name, t in quantized.tensors.items()],
+        aliases=dict(quantized.aliases),
+        streams={dtype: len(packed) for dtype, packed in streams.items()},
+    )
+    text = header.model_dump_json().encode()
+    assert len(text) <= _MAX_HEADER_BYTES, "too many tensors for one artifact"
+    packed_header = CODECS["brotli"].compress(text, 11)
+    prefix = _PREFIX.pack(MAGIC, VERSION, len(packed_header), len(text))
+    body = b"".join([prefix, packed_header, *streams.values()])
+    return body + _checksum(body)
+
+
+def decode(blob: bytes) -> tuple[TrainConfig, QuantizedState]:
+    """Inverse of encode. Arrays are read-only views of the unpacked streams.
+
+    Raises: ArtifactError for anything that encode did not write, whatever it is.
+    """
+    packed_header, text_size, streams = _split(blob)
+    try:
+        header = _Header.model_validate_json(CODECS["brotli"].decompress(packed_header, text_size))
+        config = TrainConfig.model_validate(header.config)
+    except ValidationError as error:
+        fault = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(part) for part in fault["loc"][:4])
+        raise ArtifactError(
+            f"artifact: {error.error_count()} faults in its header, first {where[:200]}: "
+            f"{fault['msg'][:200]}; written by another version of the code, or damaged"
+        ) from None
+    layouts = _checked_layouts(header, max(SAFE_BYTES, SAFE_RATIO * len(blob)))
+    if sum(header.streams.values()) != len(streams):
+        raise ArtifactError(
+            f"artifact: its streams take {len(streams):,} bytes where the header says "
+            f"{sum(header.streams.values()):,}; copy it again"
+        )
+    contents = _unpack(header, config, layouts, streams)
+    return config, _scatter(header, layouts, contents)
+
+
+def write(path: Path, blob: bytes) -> None:
+    """Put the whole file in place or leave everything as it was; survives a power cut.
+
+    Raises: ArtifactError with the remedy, in particular when the device is full.
+    """
+    partial = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            file.write(blob)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        with contextlib.suppress(OSError):  # the fault that is being reported says more
+            partial.unlink(missing_ok=True)
+        raise ArtifactError(_write_fault(path, len(blob), error)) from None
+
+
+def read(path: Path) -> bytes:
+    """The content of a file that `write` wrote. Raises ArtifactError."""
+    try:
+        with path.open("rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise ArtifactError(f"{path}: not a regular file; name the artifact itself")
+            return file.read()
+    except OSError as error:
+        raise ArtifactError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+
+
+def sha256(blob: bytes) -> str:
+    """Hex digest that names the artifact."""
+    return hashlib.sha256(blob).hexdigest()
+
+
+def _gather(quantized: QuantizedState) -> dict[str, bytes]:
+    """Element type -> the content of all arrays of that type, tensor after tensor."""
+    parts: dict[str, list[bytes]] = {}
+    for stored in quantized.tensors.values():
+        for name, spec in SCHEMES[stored.scheme].layout(stored.shape).items():
+            array = stored.arrays[name]
+            assert (array.dtype.str, array.shape) == (spec.dtype, spec.shape), "not as laid out"
+            parts.setdefault(spec.dtype, []).append(array.tobytes())
+    return {dtype: b"".join(arrays) for dtype, arrays in parts.items()}
+
+
+def _split(blob: bytes) -> tuple[bytes, int, memoryview]:
+    """Packed header, its unpacked size, and the bytes of all streams."""
+    if blob[: len(MAGIC)] != MAGIC:
+        raise ArtifactError("artifact: it does not begin like one; name the right file")
+    if len(blob) < _PREFIX.size + _CHECKSUM_BYTES:
+        raise ArtifactError(f"artifact: cut short at {len(blob)} bytes; copy it again")
+    _, version, packed_size, text_size = _PREFIX.unpack_from(blob)
+    if version != VERSION:
+        raise ArtifactError(
+            f"artifact: version {version}, this code reads {VERSION}; use the code it came with"
+        )
+    body = memoryview(blob)[:-_CHECKSUM_BYTES]
+    if _checksum(body) != blob[-_CHECKSUM_BYTES:]:
+        raise ArtifactError("artifact: its checksum is wrong, it is damaged; copy it again")
+    if text_size > _MAX_HEADER_BYTES or packed_size > len(body) - _PREFIX.size:
+        raise ArtifactError(
+            f"artifact: the sizes of its header, {packed_size:,} and {text_size:,} bytes, are "
+            "impossible; copy it again"
+        )
+    end = _PREFIX.size + packed_size
+    return bytes(body[_PREFIX.size : end]), text_size, body[end:]
+
+
+Layouts = dict[str, dict[str, ArraySpec]]
+
+
+def _checked_layouts(header: _Header, max_bytes: int) -> Layouts:
+    """Tensor name -> its arrays, after every rule on names and sizes has been checked."""
+    layouts: Layouts = {}
+    total_bytes = 0
+    for name, scheme, shape in header.tensors:
+        if name in layouts:
+            raise ArtifactError(f"artifact: tensor {name} is stored twice; pack the model again")
+        if scheme not in SCHEMES:
+            raise ArtifactError(
+                f"artifact: tensor {name} has the scheme {scheme[:80]!r}, this code knows "
+                f"{', '.join(SCHEMES)}; use the code it came with"
+            )
+        layouts[name] = SCHEMES[scheme].layout(tuple(shape))
+        total_bytes += sum(_bound(spec) for spec in layouts[name].values())
+        if total_bytes > max_bytes:
+            raise ArtifactError(
+                f"artifact: tensor {name} of shape {shape} brings it above {max_bytes:,} bytes "
+                "unpacked, more than a file of this size can mean; do not trust it"
+            )
+    for name, target in header.aliases.items():
+        if name in layouts or target not in layouts:
+            raise ArtifactError(
+                f"artifact: {name} is tied to {target}, which breaks its table of tensors; "
+                "pack the model again"
+            )
+    return layouts
+
+
+def _unpack(
+    header: _Header, config: TrainConfig, layouts: Layouts, streams: memoryview
+) -> dict[str, memoryview]:
+    """Element type -> unpacked content."""
+    sizes: dict[str, int] = {}
+    for spec in _specs(layouts):
+        sizes[spec.dtype] = sizes.get(spec.dtype, 0) + spec.nbytes
+    if list(sizes) != list(header.streams):
+        raise ArtifactError(
+            f"artifact: its streams {', '.join(header.streams)[:80]} are not those of its "
+            f"tensors, {', '.join(sizes)}; pack the model again"
+        )
+    contents: dict[str, memoryview] = {}
+    start = 0
+    for dtype, packed_size in header.streams.items():
+        packed = bytes(streams[start : start + packed_size])
+        itemsize = np.dtype(dtype).itemsize
+        contents[dtype] = memoryview(decompress(packed, config.compress, sizes[dtype], itemsize))
+        start += packed_size
+    return contents
+
+
+def _scatter(header: _Header, layouts: Layouts, contents: dict[str, memoryview]) -> QuantizedState:
+    """Cut the unpacked streams into arrays."""
+    used = dict.fromkeys(contents, 0)
+    tensors: dict[str, QuantizedTensor] = {}
+    for name, scheme, shape in header.tensors:
+        arrays: dict[str, np.ndarray] = {}
+        for part, spec in layouts[name].items():
+            start = used[spec.dtype]
+            used[spec.dtype] = start + spec.nbytes
+            raw = contents[spec.dtype][start : used[spec.dtype]]
+            arrays[part] = np.frombuffer(raw, np.dtype(spec.dtype)).reshape(spec.shape)
+        tensors[name] = QuantizedTensor(scheme, tuple(shape), arrays)
+    return QuantizedState(tensors, dict(header.aliases))
+
+
+def _specs(layouts: Layouts) -> Iterator[ArraySpec]:
+    for specs in layouts.values():
+        yield from specs.values()
+
+
+def _bound(spec: ArraySpec) -> int:
+    """Bytes, with empty axes counted as one: numpy cannot shape an array beyond its own limits."""
+    return ArraySpec(spec.dtype, tuple(max(size, 1) for size in spec.shape)).nbytes
+
+
+def _checksum(body: bytes | memoryview) -> bytes:
+    return hashlib.blake2b(body, digest_size=_CHECKSUM_BYTES).digest()
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the new name of the file last, where the file system can."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _write_fault(path: Path, needed: int, error: OSError) -> str:
+    if error.errno not in _FULL_DISK:
+        return f"{path}: cannot be written ({error.strerror}); choose another folder"
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    free = shutil.disk_usage(folder).free
+    return (
+        f"{path}: no space left on the device: {needed:,} bytes are needed, {free:,} are free "
+        f"({error.strerror}); free some there or choose a folder on another device. Nothing was "
+        "written, and an earlier artifact of that name is untouched"
+    )
