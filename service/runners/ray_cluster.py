@@ -36,7 +36,7 @@ SETTINGS = {
     # The controller waits for its workers on purpose.
     "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",
     # How long survivors may take to leave the process group when a rank is gone (default 30).
-    "TRAIN_TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",
+    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",
     # A trial without GPUs sees none, and picks the CPU as its process group does.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -74,19 +74,22 @@ def connect(
     if ray.is_initialized():
         return Cluster(ray.get_runtime_context().gcs_address, False, False)
     address = address or os.environ.get("RAY_ADDRESS") or None
-    for name, value in (SETTINGS if address else SETTINGS | EMBEDDED_SETTINGS).items():
+    settings = SETTINGS if address else SETTINGS | EMBEDDED_SETTINGS
+    for name, value in settings.items():
         os.environ.setdefault(name, value)
+    # Also as the environment of the whole job: equal to what Train asks for its own processes, so
+    # that Ray can hand out processes that it has started in advance.
+    environment = {name: os.environ[name] for name in settings}
     with _signal_handlers_kept():
         if address:
-            _join(address)
+            _join(address, environment)
             return Cluster(address, started_here=False, connected_here=True)
-        _start(num_cpus, num_gpus)
+        _start(num_cpus, num_gpus, environment)
         return Cluster(ray.get_runtime_context().gcs_address, True, True)
 
 
-def _start(num_cpus: int | None, num_gpus: int | None) -> None:
+def _start(num_cpus: int | None, num_gpus: int | None, environment: dict[str, str]) -> None:
     _provide_token()
-    train_settings = {name: os.environ[name] for name in os.environ if name.startswith("RAY_TRAIN")}
     try:
         ray.init(
             address="local",
@@ -94,9 +97,7 @@ def _start(num_cpus: int | None, num_gpus: int | None) -> None:
             num_gpus=num_gpus,
             object_store_memory=OBJECT_STORE_BYTES,
             include_dashboard=False,
-            # The environment of Train's own processes: equal to theirs, so that Ray hands out
-            # processes that it has started in advance.
-            runtime_env={"env_vars": {**train_settings, "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0"}},
+            runtime_env={"env_vars": environment},
             **_QUIET,
         )
     except Exception as error:
@@ -106,7 +107,7 @@ def _start(num_cpus: int | None, num_gpus: int | None) -> None:
         ) from error
 
 
-def _join(address: str) -> None:
+def _join(address: str, environment: dict[str, str]) -> None:
     if "://" in address:
         raise RunnerError(
             f"Ray address {address!r} is of a kind that cannot run sweeps; give HOST:PORT of the "
@@ -114,10 +115,12 @@ def _join(address: str) -> None:
         )
     if address != "auto":
         _check_answers(address)
-    # Inside `ray job submit` the job has brought the code along.
-    in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+    runtime_env: dict[str, Any] = {"env_vars": environment}
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:
+        # Outside `ray job submit`, which brings the code along.
+        runtime_env |= _packages()
     try:
-        ray.init(address=address, runtime_env=None if in_job else _packages(), **_QUIET)
+        ray.init(address=address, runtime_env=runtime_env, **_QUIET)
     except Exception as error:
         raise RunnerError(
             f"cannot join the Ray cluster at {address!r}: {error}; run on a node of the cluster, or "

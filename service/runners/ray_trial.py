@@ -1,0 +1,255 @@
+"""One attempt of one trial on Ray, as the driver sees it: its thread, its folder, its end.
+
+`fit()` blocks until Ray Train has freed everything, so it has a thread of its own. All other
+methods but `take` are called by the runner's pump, one at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import threading
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import psutil
+import ray
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+from ray.train.v2.api.exceptions import WorkerGroupError
+from ray.util.placement_group import placement_group_table, remove_placement_group
+
+from service.runners.base import Demand, RunState, Update
+from service.runners.ray_cluster import gang_resources
+from service.runners.ray_worker import News, WorkerFailure, WorkerInfo, run_trial
+from service.trial import TrialFolder, TrialSpec
+from trainer.report import TrainResult, describe
+
+LOG_TAIL_BYTES = 4000
+"""How much of a lost worker's own output goes into train.log."""
+OUT_OF_MEMORY_MARKS = ("OutOfMemoryError", "running low on memory", "memory monitor")
+"""How Ray words the end of a worker that it killed because the host's memory ran out."""
+NEVER_STARTED_MARKS = ("WorkerGroupStartupTimeoutError", "startup timed out")
+
+
+class RayTrial:
+    """A submitted trial."""
+
+    def __init__(self, spec: TrialSpec, demand: Demand, mailbox: Any, train: str) -> None:
+        self.spec = spec
+        self.demand = demand
+        self.key = f"{spec.key}/{spec.attempt}"
+        self.folder = TrialFolder(spec.folder)
+        self.workers: dict[int, WorkerInfo] = {}
+        self.cancelled = False
+        self._job = {
+            "key": self.key,
+            "mailbox": mailbox,
+            "config": _with_absolute_data_dir(spec),
+            "train": train,
+        }
+        self._storage = spec.folder / "ray"
+        self._outcome: dict[str, Any] | BaseException | None = None
+        self._failures: list[WorkerFailure] = []
+        self._batches_seen = 0
+        self._events: deque[dict[str, Any]] = deque()
+        self._state = RunState.STARTING
+        self._final: Update | None = None
+        self._write_error: OSError | None = None
+        self.settled = False
+        self._thread = threading.Thread(target=self._fit, name=f"fit {self.key}", daemon=True)
+        self._thread.start()
+
+    @property
+    def ended(self) -> bool:
+        """Whether Ray Train is done with it and has freed its workers."""
+        return not self._thread.is_alive()
+
+    def _fit(self) -> None:
+        try:
+            trainer = TorchTrainer(
+                run_trial,
+                train_loop_config=self._job,
+                scaling_config=ScalingConfig(
+                    num_workers=self.demand.workers,
+                    use_gpu=self.demand.gpus_per_worker > 0,
+                    resources_per_worker=gang_resources(self.demand),
+                    placement_strategy="STRICT_PACK",
+                ),
+                run_config=RunConfig(
+                    name="train",
+                    storage_path=str(self._storage),
+                    # What is tried again, and how often, is the scheduler's to say.
+                    failure_config=FailureConfig(
+                        max_failures=0, controller_failure_limit=0, max_preemption_failures=0
+                    ),
+                    logging_config=LoggingConfig(log_level="CRITICAL"),
+                ),
+            )
+            self._outcome = trainer.fit().return_value
+        except BaseException as error:
+            self._outcome = error
+
+    def absorb(self, news: News) -> None:
+        """Take in what the workers said, and write the records into the folder."""
+        for worker in news.workers:
+            self.workers[worker.rank] = worker
+            if self.cancelled:
+                ray.kill(worker.actor)
+        self._failures += news.failures
+        for number, records in news.batches:
+            if number > self._batches_seen:
+                self._batches_seen = number
+                self._record(records)
+
+    def _record(self, records: list[dict[str, Any]]) -> None:
+        if self.cancelled:
+            return  # the folder may belong to the next attempt by now
+        try:
+            with self.folder.metrics.open("a") as metrics, self.folder.log.open("a") as log:
+                metrics.writelines(json.dumps(record) + "\n" for record in records)
+                log.writelines(describe(record) + "\n" for record in records)
+        except OSError as error:
+            self._write_error = error
+        if any(record["kind"] == "step" for record in records):
+            self._state = RunState.RUNNING
+        self._events.extend(records)
+
+    def kill_workers(self) -> None:
+        """End the trial now. Workers that introduce themselves later are killed then."""
+        self.cancelled = True
+        for worker in list(self.workers.values()):
+            ray.kill(worker.actor)
+
+    def settle(self) -> None:
+        """Work out how it ended and complete its folder. Call once, after its last news."""
+        shutil.rmtree(self._storage, ignore_errors=True)
+        self._free_placement_group()
+        if not self.cancelled:
+            try:
+                self._final = self._finish()
+            except Exception as error:
+                self._final = self._fail(f"{type(error).__name__}: {error}", RunState.FAILED)
+        self.settled = True
+
+    def take(self) -> Update:
+        """What is new; the final state is set in the last one."""
+        final = self._final  # first: its events are complete by now
+        events = [self._events.popleft() for _ in range(len(self._events))]
+        if final is None:
+            return Update(self._state, events)
+        return Update(final.state, events, final.result, final.error)
+
+    def _finish(self) -> Update:
+        if self._write_error is not None:
+            raise self._write_error
+        outcome = self._outcome
+        if isinstance(outcome, dict) and "result" in outcome:
+            result = TrainResult.model_validate(outcome["result"])
+            if outcome["artifact"] is not None:
+                _write(self.folder.artifact, outcome["artifact"])
+            _write(self.folder.result, (result.model_dump_json(indent=2) + "\n").encode())
+            return Update(RunState.FINISHED, result=result)
+        if self._failures:
+            return self._fail_with(min(self._failures, key=lambda failure: failure.time))
+        return self._lost(outcome)
+
+    def _fail_with(self, cause: WorkerFailure) -> Update:
+        state = RunState.OUT_OF_MEMORY if cause.out_of_memory else RunState.FAILED
+        head = f"{cause.kind}: {cause.message}\n\non rank {cause.rank}:\n{cause.traceback}"
+        return self._fail(head, state)
+
+    def _lost(self, error: Any) -> Update:
+        """No worker could say why: it was killed, or never started."""
+        text = str(error)
+        if isinstance(error, WorkerGroupError):
+            text = "\n".join(f"{e}" for e in error.worker_failures.values())
+        if any(mark in text for mark in OUT_OF_MEMORY_MARKS):
+            head = f"a worker was killed because its host ran out of memory\n\n{text}"
+            return self._fail(head, RunState.OUT_OF_MEMORY)
+        if not self.workers:
+            head = (
+                f"the workers did not start: {self.demand.workers} x "
+                f"{gang_resources(self.demand)} on one node; look for other users of the cluster "
+                f"with `ray status`, or ask for less per trial\n\n{text}"
+            )
+            return self._fail(head, RunState.FAILED)
+        return self._fail(f"a worker was lost: {text}", RunState.FAILED)
+
+    def _fail(self, head: str, state: RunState) -> Update:
+        printed = {path: self._tail(worker, path) for worker, path in self._worker_logs()}
+        lines = [head.rstrip(), "", f"trial {self.spec.key}, attempt {self.spec.attempt}, config "]
+        lines[-1] += self.spec.config.digest()
+        lines += [f"logs: {', '.join([str(self.folder.log), *printed])}"]
+        lines += [f"alone: caddie trial rerun {self.spec.study} {self.spec.number}"]
+        error = "\n".join(lines)
+        try:
+            with self.folder.log.open("a") as log:
+                log.write(error + "\n")
+                for path, tail in printed.items():
+                    if tail:
+                        log.write(f"--- {path}\n{tail}\n")
+        except OSError:
+            pass  # the disk is full: the error itself still reaches the scheduler
+        return Update(state, error=error)
+
+    def _worker_logs(self) -> list[tuple[WorkerInfo, str]]:
+        return [
+            (worker, path)
+            for worker in self.workers.values()
+            for path in dict.fromkeys(worker.logs)
+            if path.startswith("/")
+        ]
+
+    @staticmethod
+    def _tail(worker: WorkerInfo, path: str) -> str:
+        if worker.host != socket.gethostname() or not os.path.isfile(path):
+            return ""
+        with open(path, "rb") as file:
+            file.seek(max(0, os.path.getsize(path) - LOG_TAIL_BYTES))
+            return file.read().decode(errors="replace").strip()
+
+    def _free_placement_group(self) -> None:
+        """Ray Train removes its placement group, unless its controller died at a bad moment."""
+        for worker in self.workers.values():
+            group = worker.placement_group
+            if group is not None:
+                if placement_group_table(group).get("state") not in (None, "REMOVED"):
+                    remove_placement_group(group)
+                return
+
+    def processes_left(self) -> list[int]:
+        """Worker processes of this trial that still live on this host."""
+        here = [w for w in self.workers.values() if w.host == socket.gethostname()]
+        return [w.pid for w in here if _is_ray_worker(w.pid)]
+
+
+def _is_ray_worker(pid: int) -> bool:
+    try:
+        process = psutil.Process(pid)
+        return process.status() != psutil.STATUS_ZOMBIE and "ray::" in " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _with_absolute_data_dir(spec: TrialSpec) -> dict[str, Any]:
+    """Workers start in another folder."""
+    config = spec.config
+    if config.data.dir:
+        config = config.with_overrides({"data.dir": str(Path(config.data.dir).resolve())})
+    return config.to_dict()
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write a file so that a reader never sees half of it, also when the disk fills up."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.write_bytes(content)
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise

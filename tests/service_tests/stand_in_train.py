@@ -1,0 +1,100 @@
+"""Train functions with the signature of trainer.loop.train that do one thing each, in real worker
+processes: to see what a runner makes of it without waiting for a model to train."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from trainer.config import TrainConfig
+from trainer.errors import ConfigError
+from trainer.report import Reporter, TrainResult
+
+ARTIFACT = bytes(range(256)) * 4096
+"""One MiB that is not text."""
+
+
+def steps(config: TrainConfig, reporter: Reporter, out: Path | None = None) -> TrainResult:
+    """budget.max_steps steps of 0.05 s; train_loss is the sum of all ranks + 1 over all steps, so
+    that a missing rank shows. Stops with rank 0."""
+    reporter.emit("start", num_params=7, world_size=_world(), device="cpu", total_tokens_per_step=1)
+    total, reason, done = 0.0, None, 0
+    for done in range(1, (config.budget.max_steps or 0) + 1):
+        time.sleep(0.05)
+        flags = torch.tensor([_rank() + 1.0, float(reporter.stop_requested() is not None)])
+        if _world() > 1:
+            dist.all_reduce(flags)
+        total += flags[0].item()
+        reporter.emit(
+            "step",
+            step=done,
+            elapsed_s=0.05 * done,
+            progress=0.0,
+            train_loss=total,
+            step_ms=50.0,
+            lr_mult=1.0,
+            tokens_per_s=20.0,
+        )
+        if flags[1].item() > 0:
+            reason = reporter.stop_requested() or "stopped with rank 0"
+            break
+    reporter.emit("log", line="the last line")
+    if out is not None and reason is None:
+        (out / "artifact.bin").write_bytes(ARTIFACT)
+    return TrainResult(
+        status="finished" if reason is None else "stopped",
+        stop_reason=reason,
+        steps=done,
+        tokens=done,
+        num_params=7,
+        world_size=_world(),
+        device="cpu",
+        phases={"train": 0.05 * done},
+        train_loss=total,
+        val_bpb=1.5 if reason is None else None,
+    )
+
+
+def bad_setting(config: TrainConfig, reporter: Reporter, out: Path | None = None) -> TrainResult:
+    """Rank 1 refuses; rank 0 waits for it in a collective."""
+    reporter.emit("log", line="before the error")
+    if _rank() == 1:
+        raise ConfigError("model.num_layers = 0: give at least one")
+    dist.barrier()
+    raise AssertionError("unreachable")
+
+
+def no_device_memory(
+    config: TrainConfig, reporter: Reporter, out: Path | None = None
+) -> TrainResult:
+    """What CUDA raises when the model does not fit."""
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+
+def killed(config: TrainConfig, reporter: Reporter, out: Path | None = None) -> TrainResult:
+    """The kernel takes rank 1 away in the middle."""
+    reporter.emit("log", line="before the kill")
+    time.sleep(1.0)
+    if _rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(120.0)
+    raise AssertionError("unreachable")
+
+
+def crowded_host(config: TrainConfig, reporter: Reporter, out: Path | None = None) -> TrainResult:
+    """Waits for Ray's memory monitor."""
+    time.sleep(120.0)
+    raise AssertionError("unreachable")
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
