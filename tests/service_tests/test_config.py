@@ -39,7 +39,7 @@ def test_faults_of_the_file_are_listed_together_with_file_key_and_remedy(toml: P
     with pytest.raises(UsageError) as caught:
         load_settings()
     lines = str(caught.value).splitlines()
-    assert lines[0] == "caddie.toml: trails: no such setting; did you mean trials?"
+    assert lines[0] == "caddie.toml: trails: no such setting; did you mean trials, tracks?"
     assert "caddie.toml: workers_per_trial = 'two': " in lines[1]
     assert lines[2] == (
         "caddie.toml: tracks.mine.artifact_byte: no such setting; did you mean artifact_bytes?"

@@ -1,0 +1,49 @@
+"""Configuration: a proposal must be a valid TrainConfig that divides over the workers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from service.filters.base import Filter
+from service.trial import TrialSpec, Verdict
+from trainer.config import TrainConfig
+from trainer.errors import ConfigError
+
+NAME = "configuration"
+
+
+class Configuration(Filter):
+    """Shapes that only go wrong once the number of workers is known."""
+
+    name = NAME
+
+    def before_launch(self, spec: TrialSpec) -> Verdict | None:
+        data = spec.config.data
+        rows = data.batch_tokens // data.seq_len
+        if rows % spec.workers:
+            return invalid(
+                f"data.batch_tokens = {data.batch_tokens} makes {rows} rows of data.seq_len = "
+                f"{data.seq_len}, which {spec.workers} workers cannot share equally"
+            )
+        return _verdict(0, "every setting is valid")
+
+
+def build_config(
+    base: TrainConfig, overrides: Mapping[str, Any]
+) -> tuple[TrainConfig, Verdict | None]:
+    """The proposed configuration; or the base and the verdict that rejects the proposal."""
+    try:
+        return base.with_overrides(overrides), None
+    except ConfigError as error:
+        return base, invalid(str(error))
+
+
+def invalid(faults: str) -> Verdict:
+    """The verdict on a configuration with these faults, one a line."""
+    lines = faults.splitlines()
+    return _verdict(len(lines), "invalid: " + "; ".join(lines))
+
+
+def _verdict(num_faults: int, reason: str) -> Verdict:
+    return Verdict(NAME, num_faults, 0, "faults", num_faults == 0, reason, predicted=False)

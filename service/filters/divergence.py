@@ -1,0 +1,59 @@
+"""Divergence: a loss that is no number, or far above what the run had already reached.
+
+Only what early data can tell: a run is compared with its own past and with guessing uniformly,
+never with other runs, whose order at a tenth of the budget says little about their order at its
+end.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from service.filters.base import Filter, StepRecord
+from service.trial import TrialSpec, Verdict
+from trainer.report import TrainResult
+
+MARGIN_NATS = 1.0
+"""Above the best loss so far, or above the uniform guess ln(vocab_size); batch noise is a tenth."""
+PATIENCE = 3
+"""Successive records that must all lie above; one spike is no divergence."""
+
+
+class Divergence(Filter):
+    """Stops runs whose loss went away."""
+
+    name = "divergence"
+
+    def while_running(self, spec: TrialSpec, steps: Sequence[StepRecord]) -> Verdict | None:
+        if not steps:
+            return None
+        losses = [_number(record["train_loss"]) for record in steps]
+        if not math.isfinite(losses[-1]):
+            return not_finite(f"the training loss at step {steps[-1]['step']} is {losses[-1]}")
+        if len(losses) < PATIENCE:
+            return None
+        uniform = math.log(spec.config.model.vocab_size)
+        best = min([uniform, *filter(math.isfinite, losses)])
+        bound, lowest = best + MARGIN_NATS, min(losses[-PATIENCE:])
+        ok = lowest <= bound
+        reason = (
+            f"the training loss at step {steps[-1]['step']} is {losses[-1]:.2f} nats; it had been "
+            f"{best:.2f}" + ("" if ok else f", and stays more than {MARGIN_NATS:g} above that")
+        )
+        return Verdict(self.name, lowest, bound, "nats", ok, reason, predicted=False)
+
+    def after_finish(self, spec: TrialSpec, result: TrainResult) -> Verdict | None:
+        if result.val_bpb is not None and math.isfinite(result.val_bpb):
+            return None
+        return not_finite("the run finished without a finite score")
+
+
+def not_finite(reason: str) -> Verdict:
+    """The verdict on a loss that is no number; its value counts losses, so that it stays one."""
+    return Verdict("divergence", 1, 0, "non-finite losses", False, reason, predicted=False)
+
+
+def _number(loss: float | None) -> float:
+    """JSON writers may turn nan into null."""
+    return math.nan if loss is None else loss

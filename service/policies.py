@@ -1,0 +1,107 @@
+"""The small decisions of a sweep, free of effects: how many, again or not, when to end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from service.tracking.outcome import FAILED, REJECTED
+from trainer.config import BudgetConfig
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Numbers that the decisions follow."""
+
+    max_attempts: int = 2
+    """Tries of one trial that fails through nobody's choice."""
+    stop_grace_s: float = 30.0
+    """A run that was asked to stop is cancelled after this long."""
+    overhead_s: float = 1800.0
+    """A run may take this much beyond its budgets (start, compilation, packing) before it counts
+    as hung."""
+    max_rejections: int = 200
+    """Trials rejected before launch in a row that end a sweep."""
+    max_failures: int = 5
+    """Trials failed in a row that end a sweep."""
+    asks_per_step: int = 8
+    """Proposals looked at in one step of the scheduler, so that it stays responsive."""
+    reports_per_trial: int = 50
+    """Intermediate values written to the storage for one trial, at most."""
+    report_every_s: float = 2.0
+    """And at least this far apart."""
+
+
+class Ending(Enum):
+    """Why a sweep asks for no more trials; the value is a sentence for people."""
+
+    ENOUGH = "the asked number of trials is told"
+    ALL_REJECTED = (
+        "every one of the last {count} proposals was rejected before launch: the budgets leave no "
+        "room in this space; widen its axes or raise the budgets"
+    )
+    ALL_FAILED = (
+        "the last {count} trials all failed: this is a defect, not bad luck; see `caddie trial "
+        "show` and the train.log of a failed trial"
+    )
+    REQUESTED = "the sweep was asked to stop"
+
+
+class AfterFailure(Enum):
+    """What to do with a trial whose run failed."""
+
+    RETRY = "retry"
+    GIVE_UP = "give up"
+
+
+@dataclass(frozen=True)
+class Streak:
+    """The fate that the latest trials share."""
+
+    verdict: str = ""
+    """As in service.tracking.outcome."""
+    length: int = 0
+
+    def after(self, verdict: str) -> Streak:
+        """The streak when one more trial ends so."""
+        return Streak(verdict, self.length + 1 if verdict == self.verdict else 1)
+
+
+def num_to_launch(num_trials: int, told: int, in_flight: int, free_slots: int) -> int:
+    """How many new trials to start now: never more than are still wanted, nor than fit."""
+    return max(0, min(num_trials - told - in_flight, free_slots))
+
+
+def after_failure(attempt: int, policy: Policy) -> AfterFailure:
+    """Whether a failed run is tried again within the same trial."""
+    return AfterFailure.RETRY if attempt < policy.max_attempts else AfterFailure.GIVE_UP
+
+
+def ending(told: int, num_trials: int, streak: Streak, policy: Policy) -> Ending | None:
+    """Whether the sweep is over.
+
+    Args:
+        told: COMPLETE and PRUNED trials.
+        num_trials: How many of them are wanted.
+        streak: Of the trials that this driver saw end.
+        policy: The limits.
+    """
+    if told >= num_trials:
+        return Ending.ENOUGH
+    if streak.verdict == REJECTED and streak.length >= policy.max_rejections:
+        return Ending.ALL_REJECTED
+    if streak.verdict == FAILED and streak.length >= policy.max_failures:
+        return Ending.ALL_FAILED
+    return None
+
+
+def is_overdue(budget: BudgetConfig, running_s: float, policy: Policy) -> bool:
+    """Whether a run has taken so long that it must be hung; never without both time budgets."""
+    if budget.train_seconds is None or budget.eval_seconds is None:
+        return False
+    return running_s > budget.train_seconds + budget.eval_seconds + policy.overhead_s
+
+
+def should_report(num_reported: int, since_last_s: float, policy: Policy) -> bool:
+    """Whether to write one more intermediate value."""
+    return num_reported < policy.reports_per_trial and since_last_s >= policy.report_every_s

@@ -1,0 +1,260 @@
+"""Open, resume and write an Optuna study: the storage is the truth about which trials exist.
+
+How a trial is told is decided here once: a rejected or stopped trial is PRUNED and carries its
+broken constraint, so that the sampler learns where feasible configurations are; FAIL is for
+failures that are nobody's choice and teaches nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.exceptions import OptunaError
+from optuna.samplers import TPESampler
+from optuna.storages import RDBStorage
+from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import SQLAlchemyError
+
+from search_spaces import Space
+from service.config import mask_passwords, nearest
+from service.errors import StorageError, UsageError
+from service.trial import Verdict
+
+OBJECTIVE = "val_bpb"
+LEGACY_CONSTRAINTS = "constraints"
+"""System attribute that optuna-dashboard 0.21 reads; Optuna 5 writes `constraints:<name>`."""
+FOUNDATION = ("space", "recipe", "track", "overrides", "axes")
+"""Study attributes that a resumed sweep must agree with, else its trials cannot be compared."""
+STARTUP_TRIALS = 10
+"""Trials proposed at random before TPE models them."""
+FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+
+
+def open_study(
+    name: str,
+    storage_url: str,
+    space: Space,
+    *,
+    track: str | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    seed: int = 0,
+) -> optuna.Study:
+    """Create a study, or resume the one of this name.
+
+    The space's starting points are enqueued once, also when an earlier attempt was killed between
+    creating the study and enqueueing them.
+
+    Args:
+        name: Same name = same study.
+        storage_url: Any SQLAlchemy URL that Optuna takes.
+        space: What is searched.
+        track: Budget in force; None = the space's own.
+        overrides: Settings replaced for every trial.
+        seed: Seeds the sampler. A resumed study draws other numbers than it drew before.
+
+    Raises:
+        StorageError: The storage cannot be opened or written.
+        UsageError: The study exists with another space, recipe, track or other settings.
+    """
+    faults = space.faults()
+    if faults:
+        raise UsageError("\n".join(faults))
+    foundation = {
+        "space": space.name,
+        "recipe": space.recipe,
+        "track": track or space.track,
+        "overrides": dict(overrides or {}),
+        "axes": {
+            path: optuna.distributions.distribution_to_json(axis)
+            for path, axis in space.axes.items()
+        },
+    }
+    _make_folder(storage_url)
+    storage = open_storage(storage_url)
+    with _storage_errors(storage_url):
+        study = optuna.create_study(
+            study_name=name, storage=storage, direction="minimize", load_if_exists=True
+        )
+        _lay_foundation(study, foundation)
+        study.sampler = make_sampler(seed + len(study.get_trials(deepcopy=False)))
+        _enqueue_once(study, space)
+    return study
+
+
+def load_study(name: str, storage_url: str) -> optuna.Study:
+    """An existing study, to look at. Raises StorageError, or UsageError naming near studies."""
+    if not _sqlite_exists(storage_url):
+        raise UsageError(
+            f"no study {name!r}: there is no storage at {mask_passwords(storage_url)}; start one "
+            "with `caddie sweep run`"
+        )
+    storage = open_storage(storage_url)
+    with _storage_errors(storage_url):
+        names = optuna.get_all_study_names(storage)
+        if name not in names:
+            raise UsageError(f"no study {name!r}; {nearest(name, names)}")
+        return optuna.load_study(study_name=name, storage=storage, sampler=make_sampler(0))
+
+
+def study_names(storage_url: str) -> list[str]:
+    """Names of all studies; none when the storage does not exist yet."""
+    if not _sqlite_exists(storage_url):
+        return []
+    storage = open_storage(storage_url)
+    with _storage_errors(storage_url):
+        return optuna.get_all_study_names(storage)
+
+
+def open_storage(storage_url: str) -> RDBStorage:
+    """Connect, creating the tables when they are missing.
+
+    Raises:
+        StorageError: With the URL (password masked) and what to do.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    with _storage_errors(storage_url):
+        url = make_url(storage_url)
+        connect: dict[str, Any] = {}
+        if url.get_backend_name() == "sqlite":
+            connect["timeout"] = 60  # seconds to wait for another process's lock
+        if url.get_backend_name() == "postgresql":
+            connect["connect_timeout"] = 10
+        return RDBStorage(
+            storage_url, engine_kwargs={"connect_args": connect, "pool_pre_ping": True}
+        )
+
+
+def make_sampler(seed: int) -> TPESampler:
+    """TPE over all axes at once; running trials count as bad until told, so that trials asked at
+    the same time differ. Constraints need no function here: Optuna 5 reads them off the trials."""
+    return TPESampler(
+        seed=seed,
+        multivariate=True,
+        constant_liar=True,
+        n_startup_trials=STARTUP_TRIALS,
+        warn_independent_sampling=False,
+    )
+
+
+def write_constraints(
+    study: optuna.Study, trial: optuna.Trial, verdicts: Sequence[Verdict]
+) -> None:
+    """Write the verdicts that decided a trial as constraints, in the form of every reader.
+
+    `set_constraint` keeps the first value for ever, so this is called once, just before tell, with
+    what was measured or, for a trial that will never be measured, with the forecast that ended it.
+    Called again after a crash, it keeps what is there.
+    """
+    written = study._storage.get_trial_system_attrs(trial._trial_id)
+    values = {verdict.name: verdict.excess for verdict in deciding(verdicts)}
+    for name, value in values.items():
+        if f"{LEGACY_CONSTRAINTS}:{name}" not in written:
+            trial.set_constraint(name, value)
+    if values and LEGACY_CONSTRAINTS not in written:
+        study._storage.set_trial_system_attr(
+            trial._trial_id, LEGACY_CONSTRAINTS, list(values.values())
+        )
+
+
+def deciding(verdicts: Sequence[Verdict]) -> list[Verdict]:
+    """The verdicts that become constraints: all measured ones, and forecasts that ended the trial.
+
+    A forecast gives way to a measurement of the same name.
+    """
+    measured = {verdict.name for verdict in verdicts if not verdict.predicted}
+    latest = {
+        verdict.name: verdict
+        for verdict in verdicts
+        if not verdict.predicted or (not verdict.ok and verdict.name not in measured)
+    }
+    return list(latest.values())
+
+
+def live_trial(study: optuna.Study, number: int) -> optuna.Trial:
+    """The handle of an unfinished trial. Raises KeyError when there is no such trial."""
+    trial_id = study._storage.get_trial_id_from_study_id_trial_number(study._study_id, number)
+    return optuna.Trial(study, trial_id)
+
+
+def requeue(study: optuna.Study, number: int) -> None:
+    """Put an unfinished trial back in the queue: the next ask returns it, number and parameters
+    kept, before anything new is proposed."""
+    trial_id = study._storage.get_trial_id_from_study_id_trial_number(study._study_id, number)
+    study._storage.set_trial_state_values(trial_id, TrialState.WAITING)
+
+
+def frozen_trials(study: optuna.Study, *states: TrialState) -> list[FrozenTrial]:
+    """Trials in these states, by number, not to be changed."""
+    return study.get_trials(deepcopy=False, states=states or None)
+
+
+def _lay_foundation(study: optuna.Study, foundation: Mapping[str, Any]) -> None:
+    attrs = study.user_attrs
+    faults = []
+    for key in FOUNDATION:
+        if key not in attrs:
+            study.set_user_attr(key, foundation[key])
+        elif attrs[key] != foundation[key]:
+            faults.append(f"{key}: the study has {attrs[key]}, you ask for {foundation[key]}")
+    if faults:
+        raise UsageError(
+            f"study {study.study_name!r} exists with other settings; choose another --study, or "
+            "ask for the same:\n" + "\n".join(faults)
+        )
+
+
+def _enqueue_once(study: optuna.Study, space: Space) -> None:
+    if study.user_attrs.get("enqueued"):
+        return
+    for point in space.enqueued:
+        study.enqueue_trial(point, skip_if_exists=True)
+    study.set_user_attr("enqueued", len(space.enqueued))
+
+
+def _sqlite_exists(storage_url: str) -> bool:
+    """False for a SQLite file that is not there: looking must not create it."""
+    file = _sqlite_file(storage_url)
+    return file is None or file.exists()
+
+
+def _make_folder(storage_url: str) -> None:
+    file = _sqlite_file(storage_url)
+    if file is not None:
+        with _storage_errors(storage_url):
+            file.parent.mkdir(parents=True, exist_ok=True)
+
+
+def _sqlite_file(storage_url: str) -> Path | None:
+    with _storage_errors(storage_url):
+        url = make_url(storage_url)
+    if url.get_backend_name() != "sqlite" or url.database in (None, "", ":memory:"):
+        return None
+    return Path(url.database)
+
+
+@contextmanager
+def _storage_errors(storage_url: str) -> Iterator[None]:
+    """Turns what SQLAlchemy, a driver or Optuna raise into a StorageError."""
+    try:
+        yield
+    except (SQLAlchemyError, ImportError, OSError, RuntimeError, OptunaError) as error:
+        if isinstance(error, StorageError):
+            raise
+        reason = str(getattr(error, "orig", None) or error).strip().split("\n")[0]
+        raise StorageError(
+            f"cannot use the storage {mask_passwords(storage_url)}: {mask_passwords(reason)}; "
+            + _remedy(storage_url)
+        ) from error
+
+
+def _remedy(storage_url: str) -> str:
+    if storage_url.startswith("sqlite"):
+        return "check that the folder exists and is writable, or give another --storage"
+    if "://" not in storage_url:
+        return "write it as sqlite:///FILE or postgresql://USER:PASSWORD@HOST/DATABASE"
+    return "check that the server runs, the address and password, and that its driver is installed"
