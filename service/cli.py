@@ -13,7 +13,7 @@ from collections.abc import Callable
 import typer
 from rich.text import Text
 
-from service.commands import catalogue, data, looking, train
+from service.commands import catalogue, data, estimate, looking, train
 from service.commands.terminal import messages
 from service.errors import SweepError, UsageError
 from trainer.errors import ConfigError, TrainerError
@@ -49,6 +49,7 @@ _add(app, "spaces", catalogue.spaces, "caddie spaces --json")
 _add(app, "tracks", catalogue.tracks, "caddie tracks --json")
 _add(data_app, "demo", data.demo, "caddie data demo --out caddie-data/demo")
 _add(data_app, "prepare", data.prepare, "caddie data prepare a.txt.xz --vocab-size 1024 --out DIR")
+_add(app, "estimate", estimate.estimate, "caddie estimate golf_baseline --set model.num_layers=11")
 _add(app, "train", train.train, "caddie train tiny --set optim.matrix_lr=0.03 --seed 1")
 _add(app, "leaderboard", looking.leaderboard, "caddie leaderboard smoke --json")
 _add(app, "ui", looking.ui, "caddie ui smoke")

@@ -56,12 +56,14 @@ def spaces(as_json: JsonFlag = False) -> None:
 def tracks(as_json: JsonFlag = False) -> None:
     """List the tracks: budgets and the rule for a record."""
     from search_spaces.tracks import TRACKS
+    from service.config import load_settings
 
+    known = {**TRACKS, **load_settings().tracks}
     if as_json:
-        return print_json([track.model_dump(mode="json") for track in TRACKS.values()])
+        return print_json([track.model_dump(mode="json") for track in known.values()])
     numbers = ("bytes", "train s", "eval s", "train tokens", "min steps")
     table = make_table("track", *numbers, "a record is", right=numbers)
-    for track in TRACKS.values():
+    for track in known.values():
         table.add_row(
             track.name,
             number(track.artifact_bytes, 0),

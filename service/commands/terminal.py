@@ -65,7 +65,14 @@ def named(kind: str, name: str, table: Mapping[str, T]) -> T:
 def make_table(*columns: str, right: Iterable[str] = (), title: str | None = None) -> Table:
     """An empty table; the columns named in `right` are numbers."""
     numbers = set(right)
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table = Table(
+        title=title,
+        title_justify="left",
+        box=None,
+        pad_edge=False,
+        padding=(0, 2, 0, 0),
+        show_header=any(columns),
+    )
     for column in columns:
         table.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
     return table

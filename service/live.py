@@ -1,0 +1,186 @@
+"""What a person sees while a sweep runs: a live table on a terminal, plain lines elsewhere.
+
+Everything goes to standard error. NO_COLOR, TERM=dumb and pipes get the plain lines: one per ended
+trial (from ConsoleTracker) and a line of progress now and then.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from service.status import RunningTrial, SweepStatus
+from service.tracking.outcome import FAILED, FEASIBLE, INFEASIBLE, REJECTED, STOPPED, outcome_of
+from service.trial import TrialFolder, TrialSpec, Verdict
+from trainer.report import TrainResult
+
+STYLES = {
+    FEASIBLE: "green",
+    INFEASIBLE: "yellow",
+    REJECTED: "yellow",
+    STOPPED: "yellow",
+    FAILED: "red",
+}
+PLAIN_EVERY_S = 15.0
+BAR_WIDTH = 12
+
+
+def is_interactive(console: Console) -> bool:
+    """Whether a table may be redrawn in place."""
+    return console.is_terminal and not os.environ.get("NO_COLOR") and not console.is_dumb_terminal
+
+
+class LiveTable:
+    """Shows snapshots of a sweep. Use as a context manager, from one thread.
+
+    Args:
+        console: Of standard error.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._live = Live(console=console, auto_refresh=False, transient=True)
+        self._interactive = is_interactive(console)
+        self._last = (0.0, "")
+
+    def __enter__(self) -> LiveTable:
+        if self._interactive:
+            self._live.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._live.stop()
+
+    def show(self, status: SweepStatus) -> None:
+        """Redraw, or print a line when there is news and the last line is old enough."""
+        if self._interactive:
+            self._live.update(draw(status), refresh=True)
+            return
+        line = progress_line(status)
+        if line != self._last[1] and time.monotonic() - self._last[0] >= PLAIN_EVERY_S:
+            self._last = (time.monotonic(), line)
+            self._console.print(Text(line))
+
+    def say(self, message: str, style: str = "") -> None:
+        """A line above the table; may be called from any thread."""
+        self._console.print(Text(message, style=style))
+
+
+class ConsoleTracker:
+    """A tracker that tells a person how each trial ended."""
+
+    def __init__(self, live: LiveTable) -> None:
+        self._live = live
+
+    def trial_started(self, spec: TrialSpec) -> None:
+        pass
+
+    def trial_events(self, spec: TrialSpec, events: list[dict[str, Any]]) -> None:
+        pass
+
+    def trial_ended(
+        self, spec: TrialSpec, state: str, verdicts: list[Verdict], result: TrainResult | None
+    ) -> None:
+        launched = result is not None or TrialFolder(spec.folder).metrics.exists()
+        outcome = outcome_of(state, verdicts, launched)
+        words = f"trial {spec.number:>3}  {outcome.verdict}"
+        if result is not None and result.val_bpb is not None:
+            words += f"  {result.val_bpb:.4f} bits per byte, {result.bytes_total:,} bytes"
+        if outcome.reason:
+            words += f": {outcome.reason}"
+        self._live.say(words, STYLES.get(outcome.verdict, ""))
+
+    def close(self, grace_seconds: float = 10.0) -> None:
+        pass
+
+
+def draw(status: SweepStatus) -> Group:
+    """The whole picture."""
+    wanted = f" of {status.num_trials}" if status.num_trials else ""
+    head = Text(f"{status.study}  ", style="bold")
+    head.append(
+        f"{status.told}{wanted} trials   feasible {status.feasible}   rejected "
+        f"{status.rejected_before_launch}   stopped {status.stopped_while_running}   failed "
+        f"{status.states['FAIL']}",
+        style="not bold",
+    )
+    parts: list[Any] = [head, _running_table(status.running)]
+    if status.best is not None:
+        parts.append(
+            Text(
+                f"best: trial {status.best.number}, {status.best.value:.4f} bits per byte  "
+                f"({describe_params(status.best.params)})",
+                style="green",
+            )
+        )
+    if status.ended_by:
+        causes = ", ".join(f"{name} {count}" for name, count in sorted(status.ended_by.items()))
+        parts.append(Text(f"over the budgets: {causes}", style="yellow"))
+    if status.ending:
+        parts.append(Text(f"ending: {status.ending}"))
+    return Group(*parts)
+
+
+def progress_line(status: SweepStatus) -> str:
+    """The picture in one line."""
+    trials = ", ".join(
+        f"{trial.number} {trial.state}"
+        + (f" step {trial.step}" if trial.step is not None else "")
+        + (f" loss {trial.train_loss:.3f}" if trial.train_loss is not None else "")
+        for trial in status.running
+    )
+    wanted = f" of {status.num_trials}" if status.num_trials else ""
+    best = f", best {status.best.value:.4f}" if status.best is not None else ""
+    return f"{status.told}{wanted} trials, {status.feasible} feasible{best}; now: {trials or '-'}"
+
+
+def describe_params(params: dict[str, Any]) -> str:
+    """Sampled values in a line."""
+    return " ".join(
+        f"{path}={value:.4g}" if isinstance(value, float) else f"{path}={value}"
+        for path, value in params.items()
+    )
+
+
+def forecast_steps(trial: RunningTrial) -> int | None:
+    """Steps at the end of the budget, at the pace so far."""
+    if not trial.step or not trial.elapsed_s or trial.train_seconds is None:
+        return None
+    return int(trial.step / trial.elapsed_s * trial.train_seconds)
+
+
+def _running_table(running: list[RunningTrial]) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for column in ("trial", "state", "step", "about", "loss", "clock", "settings"):
+        right = column in ("trial", "step", "about", "loss")
+        table.add_column(column, justify="right" if right else "left", no_wrap=column != "settings")
+    for trial in running:
+        steps = forecast_steps(trial)
+        again = f" (try {trial.attempt})" if trial.attempt > 1 else ""
+        table.add_row(
+            str(trial.number),
+            trial.state + again,
+            "-" if trial.step is None else str(trial.step),
+            "-" if steps is None else str(steps),
+            "-" if trial.train_loss is None else f"{trial.train_loss:.3f}",
+            _clock(trial),
+            describe_params(trial.params),
+        )
+    return table
+
+
+def _clock(trial: RunningTrial) -> str:
+    if trial.elapsed_s is None:
+        return "-"
+    if trial.train_seconds is None:
+        return f"{trial.elapsed_s:.0f} s"
+    share = min(trial.elapsed_s / trial.train_seconds, 1.0)
+    full = round(share * BAR_WIDTH)
+    bar = "#" * full + "." * (BAR_WIDTH - full)
+    return f"[{bar}] {trial.elapsed_s:.0f}/{trial.train_seconds:.0f} s".replace("[", "\\[", 1)
