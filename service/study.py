@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.exceptions import OptunaError
+from optuna.exceptions import OptunaError, StorageInternalError
 from optuna.samplers import TPESampler
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
@@ -21,6 +21,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
 from search_spaces import Space
+from search_spaces.tracks import TRACKS, Track
 from service.config import mask_passwords, nearest
 from service.errors import StorageError, UsageError
 from service.trial import Verdict
@@ -28,11 +29,13 @@ from service.trial import Verdict
 OBJECTIVE = "val_bpb"
 LEGACY_CONSTRAINTS = "constraints"
 """System attribute that optuna-dashboard 0.21 reads; Optuna 5 writes `constraints:<name>`."""
-FOUNDATION = ("space", "recipe", "track", "overrides", "axes")
+FOUNDATION = ("space", "recipe", "track", "budget", "overrides", "axes")
 """Study attributes that a resumed sweep must agree with, else its trials cannot be compared."""
+STOP_ATTR = "stop_requested"
 STARTUP_TRIALS = 10
 """Trials proposed at random before TPE models them."""
-FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+STORAGE_FAULTS = (SQLAlchemyError, StorageInternalError)
+"""What a storage raises when it is away or broken."""
 
 
 def open_study(
@@ -40,7 +43,7 @@ def open_study(
     storage_url: str,
     space: Space,
     *,
-    track: str | None = None,
+    track: Track | None = None,
     overrides: Mapping[str, Any] | None = None,
     seed: int = 0,
 ) -> optuna.Study:
@@ -64,11 +67,13 @@ def open_study(
     faults = space.faults()
     if faults:
         raise UsageError("\n".join(faults))
+    track = track or TRACKS[space.track]
     foundation = {
         "space": space.name,
         "recipe": space.recipe,
-        "track": track or space.track,
-        "overrides": dict(overrides or {}),
+        "track": track.name,
+        "budget": track.budget().model_dump(mode="json"),
+        "overrides": _that_matter(overrides or {}),
         "axes": {
             path: optuna.distributions.distribution_to_json(axis)
             for path, axis in space.axes.items()
@@ -188,6 +193,23 @@ def requeue(study: optuna.Study, number: int) -> None:
     study._storage.set_trial_state_values(trial_id, TrialState.WAITING)
 
 
+def ask_to_stop(study: optuna.Study, grace_s: float) -> None:
+    """Tell the driver, in whatever process, to ask for no more trials and to give running ones
+    that many seconds."""
+    study.set_user_attr(STOP_ATTR, grace_s)
+
+
+def stop_grace(study: optuna.Study) -> float | None:
+    """The grace that somebody gave with ask_to_stop; None = nobody asked."""
+    return study.user_attrs.get(STOP_ATTR)
+
+
+def forget_stop(study: optuna.Study) -> None:
+    """A sweep that starts again overrules an earlier wish to stop."""
+    if stop_grace(study) is not None:
+        study.set_user_attr(STOP_ATTR, None)
+
+
 def frozen_trials(study: optuna.Study, *states: TrialState) -> list[FrozenTrial]:
     """Trials in these states, by number, not to be changed."""
     return study.get_trials(deepcopy=False, states=states or None)
@@ -206,6 +228,16 @@ def _lay_foundation(study: optuna.Study, foundation: Mapping[str, Any]) -> None:
             f"study {study.study_name!r} exists with other settings; choose another --study, or "
             "ask for the same:\n" + "\n".join(faults)
         )
+
+
+def _that_matter(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """As a configuration's digest: not where data lies, nor how runs are executed."""
+    return {
+        path: value
+        for path, value in overrides.items()
+        if path in ("runtime.seed", "runtime.dtype")
+        or not path.startswith(("data.dir", "runtime."))
+    }
 
 
 def _enqueue_once(study: optuna.Study, space: Space) -> None:
