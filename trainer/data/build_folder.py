@@ -17,6 +17,14 @@ from pathlib import Path
 from trainer.errors import DataError
 
 OUR_SUFFIXES = (".bin", ".model", ".json")
+CANNOT_WRITE = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+)
 
 
 @contextmanager
@@ -55,7 +63,7 @@ def build_folder(out: Path) -> Iterator[Path]:
         yield partial
         _put_in_place(partial, out)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
+        if error.errno not in CANNOT_WRITE:
             raise
         raise DataError(
             f"{out}: cannot write there ({error.strerror}); free space or choose another --out"

@@ -16,20 +16,21 @@ from typing import Any
 
 from trainer.data.build_folder import build_folder, sole_maker
 from trainer.data.dataset import Dataset
-from trainer.data.encode import Progress
+from trainer.data.encode import Progress, describe_dataset
+from trainer.data.manifest import read_manifest
 from trainer.data.shards import num_tokens
 from trainer.errors import DataError
 
 REPOSITORY = "willdepueoai/parameter-golf"
 ROOT = "datasets"
 """Folder of the repository that holds the manifest."""
-SCORED_TOKENS: Mapping[str, tuple[int, int]] = {
-    "sp1024": (1024, 62_021_632),
-    "sp4096": (2048, 45_508_608),
-    "sp8192": (2048, 40_540_160),
+SCORED_TOKENS: Mapping[tuple[str, str], tuple[int, int]] = {
+    (REPOSITORY, "sp1024"): (1024, 62_021_632),
+    ("kevclark/parameter-golf", "sp4096"): (2048, 45_508_608),
+    ("kevclark/parameter-golf", "sp8192"): (2048, 40_540_160),
 }
-"""Variant -> (row length, validation tokens that are scored at it), as the published logs have
-them. A truncated validation shard once went unnoticed for days."""
+"""(repository, variant) -> (row length, validation tokens scored at it), as the published logs have
+them. A truncated validation shard once went unnoticed in published runs."""
 
 
 def fetch(
@@ -68,13 +69,11 @@ def fetch(
                 progress("download", done, len(remote))
         _check_counts(variant, folder, names, stats)
         dataset = Dataset.open(folder)
-    return {
-        "dir": str(out),
-        "vocab_size": dataset.vocab_size,
-        "train_tokens": dataset.train_tokens,
-        "val_tokens": dataset.val_tokens,
-        "digest": dataset.digest,
-    }
+        if scored := SCORED_TOKENS.get((repository, variant)):
+            dataset.check_scored_tokens(*scored)
+        made = read_manifest(folder)
+    assert made is not None
+    return describe_dataset(out, made)
 
 
 def _read_remote_manifest(repository: str, root: str) -> dict[str, Any]:
