@@ -41,7 +41,7 @@ SAFE_RATIO = 64
 
 _PREFIX = struct.Struct("<8sHII")
 _CHECKSUM_BYTES = 16
-_MAX_HEADER_BYTES = 1 << 20
+_MAX_HEADER_BYTES = 1 << 19
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 Size = Annotated[int, Field(ge=0, le=1 << 48)]

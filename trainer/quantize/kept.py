@@ -26,7 +26,7 @@ class Kept:
     def encode(self, tensor: Tensor, config: QuantizeConfig) -> dict[str, np.ndarray]:
         if tensor.dtype is torch.bfloat16:  # numpy has no such type; fp32 holds every value of it
             tensor = tensor.float()
-        return {"values": np.ascontiguousarray(tensor.cpu().numpy().astype(self.stored))}
+        return {"values": tensor.cpu().numpy().astype(self.stored, order="C")}
 
     def decode(self, arrays: Mapping[str, np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
         return arrays["values"].reshape(shape).astype(self.computed)

@@ -1,0 +1,85 @@
+"""Every codec: exact round trips, and no more output than was declared. CPU."""
+
+from __future__ import annotations
+
+import tracemalloc
+
+import numpy as np
+import pytest
+
+from trainer.compress import CODECS, compress, decompress
+from trainer.compress.byte_shuffle import shuffle, unshuffle
+from trainer.config import CompressConfig
+from trainer.errors import ArtifactError
+
+RANDOM = np.random.default_rng(0)
+DATA: dict[str, bytes] = {
+    "empty": b"",
+    "one_item": bytes(range(8)),
+    "noise": RANDOM.bytes(4096),
+    "zeros": bytes(100_000),
+    "codes": np.clip(RANDOM.normal(0, 9, 30_000).round(), -31, 31).astype(np.int8).tobytes(),
+    "floats": RANDOM.normal(0, 0.01, 5000).astype(np.float16).tobytes(),
+}
+CONFIGS = [
+    CompressConfig.model_validate({"codec": codec, "level": level, "byte_shuffle": shuffled})
+    for codec in CODECS
+    for level in (1, 9)
+    for shuffled in (False, True)
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.codec}{c.level}{c.byte_shuffle}")
+@pytest.mark.parametrize("name", DATA)
+def test_what_goes_in_comes_out(name: str, config: CompressConfig) -> None:
+    for itemsize in (1, 2, 4, 8):
+        packed = compress(DATA[name], config, itemsize)
+        assert decompress(packed, config, len(DATA[name]), itemsize) == DATA[name]
+
+
+@pytest.mark.parametrize("itemsize", [1, 2, 4, 8])
+def test_shuffle_groups_bytes_of_equal_significance(itemsize: int) -> None:
+    data = DATA["noise"]
+    expected = b"".join(data[place::itemsize] for place in range(itemsize))
+    assert shuffle(data, itemsize) == expected
+    assert unshuffle(expected, itemsize) == data
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_shuffling_halves_serve_their_purpose(codec: str) -> None:
+    data = np.linspace(1.0, 1.01, 4000, dtype=np.float32).tobytes()
+    plain = CompressConfig.model_validate({"codec": codec})
+    shuffled = plain.model_copy(update={"byte_shuffle": True})
+    assert len(compress(data, shuffled, 4)) < 0.8 * len(compress(data, plain, 4))
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("fault", [-1, 1, -4096, 10**12])
+def test_another_size_than_declared_is_refused(codec: str, fault: int) -> None:
+    data = DATA["noise"]
+    packed = CODECS[codec].compress(data, 9)
+    with pytest.raises(ArtifactError, match="pack the model again"):
+        CODECS[codec].decompress(packed, len(data) + fault)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_every_truncation_and_every_extra_byte_is_refused(codec: str) -> None:
+    data = DATA["codes"][:300]
+    packed = CODECS[codec].compress(data, 9)
+    for length in range(len(packed)):
+        with pytest.raises(ArtifactError):
+            CODECS[codec].decompress(packed[:length], len(data))
+    with pytest.raises(ArtifactError):
+        CODECS[codec].decompress(packed + b"\0", len(data))
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_a_bomb_is_refused_before_it_fills_the_memory(codec: str) -> None:
+    bomb = CODECS[codec].compress(bytes(64_000_000), 9)
+    assert len(bomb) < 100_000
+    tracemalloc.start()
+    with pytest.raises(ArtifactError, match="more than 1,000 bytes"):
+        CODECS[codec].decompress(bomb, 1000)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1_000_000
