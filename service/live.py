@@ -17,6 +17,7 @@ from rich.text import Text
 
 from service.status import RunningTrial, SweepStatus
 from service.tracking.outcome import FAILED, FEASIBLE, INFEASIBLE, REJECTED, STOPPED, outcome_of
+from service.tracking.settings_text import describe_settings
 from service.trial import TrialFolder, TrialSpec, Verdict
 from trainer.report import TrainResult
 
@@ -115,7 +116,7 @@ def draw(status: SweepStatus) -> Group:
         parts.append(
             Text(
                 f"best: trial {status.best.number}, {status.best.value:.4f} bits per byte  "
-                f"({describe_params(status.best.params)})",
+                f"({describe_settings(status.best.params)})",
                 style="green",
             )
         )
@@ -140,14 +141,6 @@ def progress_line(status: SweepStatus) -> str:
     return f"{status.told}{wanted} trials, {status.feasible} feasible{best}; now: {trials or '-'}"
 
 
-def describe_params(params: dict[str, Any]) -> str:
-    """Sampled values in a line."""
-    return " ".join(
-        f"{path}={value:.4g}" if isinstance(value, float) else f"{path}={value}"
-        for path, value in params.items()
-    )
-
-
 def forecast_steps(trial: RunningTrial) -> int | None:
     """Steps at the end of the budget, at the pace so far."""
     if not trial.step or not trial.elapsed_s or trial.train_seconds is None:
@@ -170,7 +163,7 @@ def _running_table(running: list[RunningTrial]) -> Table:
             "-" if steps is None else str(steps),
             "-" if trial.train_loss is None else f"{trial.train_loss:.3f}",
             _clock(trial),
-            describe_params(trial.params),
+            describe_settings(trial.params),
         )
     return table
 
@@ -183,4 +176,4 @@ def _clock(trial: RunningTrial) -> str:
     share = min(trial.elapsed_s / trial.train_seconds, 1.0)
     full = round(share * BAR_WIDTH)
     bar = "#" * full + "." * (BAR_WIDTH - full)
-    return f"[{bar}] {trial.elapsed_s:.0f}/{trial.train_seconds:.0f} s".replace("[", "\\[", 1)
+    return f"{bar} {trial.elapsed_s:.0f}/{trial.train_seconds:.0f} s"

@@ -71,6 +71,35 @@ def prepare(
     _show(made, as_json)
 
 
+def fetch(
+    variant: Annotated[str, typer.Argument(metavar="VARIANT", help="Such as sp1024.")],
+    out: OutOption,
+    train_shards: Annotated[
+        int, typer.Option("--train-shards", min=0, help="Of 100 M tokens each; 0 = all.")
+    ] = 1,
+    repository: Annotated[
+        str | None, typer.Option("--repository", help="Hugging Face data set repository.")
+    ] = None,
+    root: Annotated[str | None, typer.Option("--root", help="Its folder with manifest.json.")] = (
+        None
+    ),
+    as_json: JsonFlag = False,
+) -> None:
+    """Download published shards and their tokenizer, and check every count."""
+    from trainer.data import fetch as published
+
+    with StageProgress() as progress:
+        made = published.fetch(
+            variant,
+            out,
+            train_shards or None,
+            repository or published.REPOSITORY,
+            root if root is not None else published.ROOT,
+            progress,
+        )
+    _show(made, as_json)
+
+
 def data_for(config: TrainConfig, data: Path | None, recipe: str) -> Path:
     """The absolute folder of a data set that fits the recipe's vocabulary, checked.
 

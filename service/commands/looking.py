@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,10 +15,12 @@ from service.commands.terminal import (
     output,
     print_json,
     say,
-    setting,
 )
 from service.config import ServiceSettings, load_settings
-from service.reports.leaderboard import TYPICAL_SEED_SD, Row
+from service.tracking.settings_text import describe_settings
+
+if TYPE_CHECKING:
+    from service.reports.leaderboard import Row
 
 StudyArgument = Annotated[str, typer.Argument(metavar="STUDY", help="See `caddie sweep list`.")]
 OutOption = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Folder of studies.")]
@@ -59,6 +61,8 @@ def leaderboard_rows(study: str, settings: ServiceSettings) -> list[Row]:
 
 def show_leaderboard(rows: list[Row], limit: int = 20) -> None:
     """The table for a person."""
+    from service.reports.leaderboard import TYPICAL_SEED_SD
+
     if not rows:
         output().print("no feasible trial yet")
         return
@@ -77,7 +81,7 @@ def show_leaderboard(rows: list[Row], limit: int = 20) -> None:
             number(row.steps, 0),
             str(row.n),
             ",".join(str(trial) for trial in row.numbers),
-            " ".join(f"{path}={setting(value)}" for path, value in row.overrides.items()) or "-",
+            describe_settings(row.overrides) or "-",
         )
     output().print(table)
     if len(rows) > limit:

@@ -83,11 +83,6 @@ def number(value: float | None, digits: int = 4) -> str:
     return "-" if value is None else f"{value:,.{digits}f}"
 
 
-def setting(value: Any) -> str:
-    """A sampled value for a table cell: four significant digits are enough to tell trials apart."""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
 def _finite(value: Any) -> Any:
     if isinstance(value, float):
         return value if value - value == 0 else None

@@ -25,6 +25,7 @@ from service.tracking.outbox import (
     write_progress,
 )
 from service.tracking.outcome import outcome_of
+from service.tracking.settings_text import describe_by_leaf
 from service.trial import TrialFolder
 from trainer.config import TrainConfig
 
@@ -238,13 +239,7 @@ class MlflowMirror:
 
 def run_name(entry: Entry, max_chars: int = 120) -> str:
     """The trial's number and what makes it differ from the recipe: "7: matrix_lr=0.031"."""
-    leaves = [path.rsplit(".", 1)[-1] for path in entry.overrides]
-    parts = []
-    for path, value in sorted(entry.overrides.items()):
-        leaf = path.rsplit(".", 1)[-1]
-        label = leaf if leaves.count(leaf) == 1 else path
-        parts.append(f"{label}={value:.4g}" if isinstance(value, float) else f"{label}={value}")
-    name = f"{entry.number}: {' '.join(parts) or entry.recipe}"
+    name = f"{entry.number}: {describe_by_leaf(entry.overrides) or entry.recipe}"
     return name if len(name) <= max_chars else name[: max_chars - 3] + "..."
 
 
