@@ -106,13 +106,17 @@ def evaluate(
 
 
 def prime(model: LossModel, dataset: Dataset, config: EvaluateConfig, group: Group) -> None:
-    """Run one forward pass of the shape that `evaluate` uses, so that its graph is compiled before
-    a clock runs. The tokens are random: no validation token may be seen outside the clock."""
-    shape = (_plan(dataset, config, group).batch_rows, config.seq_len)
+    """Run one forward pass just as `evaluate` does, so that its graph is compiled before a clock
+    runs. The tokens are random: no validation token may be seen outside the clock."""
+    batch_rows = _plan(dataset, config, group).batch_rows
+    plan = _Plan(first_row=0, end_row=batch_rows, batch_rows=batch_rows)
     generator = torch.Generator().manual_seed(0)
-    tokens_BT = torch.randint(dataset.vocab_size, shape, generator=generator).to(group.device)
+    num_tokens = batch_rows * config.seq_len + 1
+    tokens = torch.randint(dataset.vocab_size, (num_tokens,), generator=generator)
     with torch.inference_mode():
-        model(tokens_BT, tokens_BT, reduction="none")
+        # The batch must be made in here: a compiled graph is guarded by the kind of its inputs.
+        x_BT, y_BT, _ = _batch(tokens, plan, 0, config.seq_len, group.device)
+        model(x_BT, y_BT, reduction="none")
 
 
 def _plan(dataset: Dataset, config: EvaluateConfig, group: Group) -> _Plan:
