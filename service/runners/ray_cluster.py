@@ -7,16 +7,18 @@ driver process.
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import signal
 import socket
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private.ray_logging import stdout_deduplicator
 
 from service.errors import RunnerError
 from service.runners.base import Demand
@@ -74,6 +76,7 @@ def connect(
     if ray.is_initialized():
         return Cluster(ray.get_runtime_context().gcs_address, False, False)
     address = address or os.environ.get("RAY_ADDRESS") or None
+    _keep_standard_output_clean()
     settings = SETTINGS if address else SETTINGS | EMBEDDED_SETTINGS
     for name, value in settings.items():
         os.environ.setdefault(name, value)
@@ -123,8 +126,8 @@ def _join(address: str, environment: dict[str, str]) -> None:
         ray.init(address=address, runtime_env=runtime_env, **_QUIET)
     except Exception as error:
         raise RunnerError(
-            f"cannot join the Ray cluster at {address!r}: {error}; run on a node of the cluster, or "
-            "use `ray job submit`"
+            f"cannot join the Ray cluster at {address!r}: {error}; run on a node of the cluster, "
+            "or use `ray job submit`"
         ) from error
 
 
@@ -152,6 +155,13 @@ def _packages() -> dict[str, Any]:
     return {"py_modules": folders, "excludes": ["**/__pycache__"]}
 
 
+def _keep_standard_output_clean() -> None:
+    """Ray prints news of dead workers on standard output, whatever it was told about logging; the
+    runner says it better, and standard output may have to be JSON. The environment variable for
+    this, RAY_DEDUP_LOGS_SKIP_REGEX, is read when Ray is imported: too early for us."""
+    stdout_deduplicator.skip_re = re.compile("")
+
+
 def _provide_token() -> None:
     """Give an embedded Ray a token of its own where none is set up, instead of letting it write one
     into the home folder, which may be read-only."""
@@ -168,10 +178,8 @@ def _signal_handlers_kept() -> Iterator[None]:
     try:
         yield
     finally:
-        try:
+        with suppress(ValueError):  # not the main thread: nothing was replaced
             signal.signal(signal.SIGTERM, before)
-        except ValueError:
-            pass  # not the main thread: nothing was replaced
 
 
 def gang_resources(demand: Demand) -> dict[str, float]:

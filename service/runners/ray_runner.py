@@ -158,8 +158,10 @@ class RayRunner:
 def _start_mailbox() -> Any:
     """The mailbox, on this node where it can be, restarted when it dies."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    actor = ray.remote(num_cpus=0, max_restarts=-1, max_concurrency=1000)(Mailbox)
-    return actor.options(scheduling_strategy=here).remote()
+    actor: Any = ray.remote(Mailbox)
+    return actor.options(
+        num_cpus=0, max_restarts=-1, max_concurrency=1000, scheduling_strategy=here
+    ).remote()
 
 
 def _occupy(nodes: dict[str, dict[str, float]], demands: Iterable[Demand]) -> None:

@@ -11,16 +11,15 @@ import os
 import shutil
 import socket
 import threading
-import time
 from collections import deque
 from pathlib import Path
 from typing import Any
 
 import psutil
 import ray
-from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
+from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.exceptions import WorkerGroupError
+from ray.train.v2.torch.torch_trainer import TorchTrainer
 from ray.util.placement_group import placement_group_table, remove_placement_group
 
 from service.runners.base import Demand, RunState, Update
@@ -33,7 +32,8 @@ LOG_TAIL_BYTES = 4000
 """How much of a lost worker's own output goes into train.log."""
 OUT_OF_MEMORY_MARKS = ("OutOfMemoryError", "running low on memory", "memory monitor")
 """How Ray words the end of a worker that it killed because the host's memory ran out."""
-NEVER_STARTED_MARKS = ("WorkerGroupStartupTimeoutError", "startup timed out")
+RAY_LOG_HEADERS = (":job_id:", ":actor_name:", ":task_name:")
+"""Lines that Ray puts into the output of workers for its own readers."""
 
 
 class RayTrial:
@@ -90,7 +90,8 @@ class RayTrial:
                     logging_config=LoggingConfig(log_level="CRITICAL"),
                 ),
             )
-            self._outcome = trainer.fit().return_value
+            result: Any = trainer.fit()
+            self._outcome = result.return_value  # metrics would need a checkpoint
         except BaseException as error:
             self._outcome = error
 
@@ -133,7 +134,7 @@ class RayTrial:
             try:
                 self._final = self._finish()
             except Exception as error:
-                self._final = self._fail(f"{type(error).__name__}: {error}", RunState.FAILED)
+                self._final = self._fail(f"{type(error).__name__}: {error}", RunState.FAILED, [])
         self.settled = True
 
     def take(self) -> Update:
@@ -161,57 +162,59 @@ class RayTrial:
     def _fail_with(self, cause: WorkerFailure) -> Update:
         state = RunState.OUT_OF_MEMORY if cause.out_of_memory else RunState.FAILED
         head = f"{cause.kind}: {cause.message}\n\non rank {cause.rank}:\n{cause.traceback}"
-        return self._fail(head, state)
+        return self._fail(head, state, [cause.rank])
 
     def _lost(self, error: Any) -> Update:
         """No worker could say why: it was killed, or never started."""
-        text = str(error)
-        if isinstance(error, WorkerGroupError):
-            text = "\n".join(f"{e}" for e in error.worker_failures.values())
+        lost = error.worker_failures if isinstance(error, WorkerGroupError) else {}
+        text = "\n".join(str(reason) for reason in lost.values()) or str(error)
+        who = ", ".join(self._name(rank) for rank in lost)
         if any(mark in text for mark in OUT_OF_MEMORY_MARKS):
-            head = f"a worker was killed because its host ran out of memory\n\n{text}"
-            return self._fail(head, RunState.OUT_OF_MEMORY)
-        if not self.workers:
-            head = (
-                f"the workers did not start: {self.demand.workers} x "
-                f"{gang_resources(self.demand)} on one node; look for other users of the cluster "
-                f"with `ray status`, or ask for less per trial\n\n{text}"
+            head = f"the host ran out of memory and Ray killed {who or 'a worker'}\n\n{text}"
+            return self._fail(head, RunState.OUT_OF_MEMORY, list(lost))
+        if self.workers:
+            return self._fail(
+                f"{who or 'the trial'} was lost\n\n{text}", RunState.FAILED, list(lost)
             )
-            return self._fail(head, RunState.FAILED)
-        return self._fail(f"a worker was lost: {text}", RunState.FAILED)
+        head = (
+            f"the workers did not start: {self.demand.workers} x {gang_resources(self.demand)} on "
+            "one node; see with `ray status` who else uses the cluster, or ask for less per trial"
+        )
+        return self._fail(f"{head}\n\n{text}", RunState.FAILED, [])
 
-    def _fail(self, head: str, state: RunState) -> Update:
-        printed = {path: self._tail(worker, path) for worker, path in self._worker_logs()}
-        lines = [head.rstrip(), "", f"trial {self.spec.key}, attempt {self.spec.attempt}, config "]
-        lines[-1] += self.spec.config.digest()
-        lines += [f"logs: {', '.join([str(self.folder.log), *printed])}"]
-        lines += [f"alone: caddie trial rerun {self.spec.study} {self.spec.number}"]
-        error = "\n".join(lines)
+    def _name(self, rank: int) -> str:
+        worker = self.workers.get(rank)
+        return f"rank {rank}" + (f" (pid {worker.pid} on {worker.host})" if worker else "")
+
+    def _fail(self, head: str, state: RunState, ranks: list[int]) -> Update:
+        """Final state with the error text, which also ends train.log. `ranks` are to blame."""
+        files = [self.workers[rank].log for rank in ranks if rank in self.workers]
+        error = (
+            f"{head.rstrip()}\n\n"
+            f"trial {self.spec.key}, attempt {self.spec.attempt}, "
+            f"config {self.spec.config.digest()}\n"
+            f"logs: {', '.join([str(self.folder.log), *files])}\n"
+            f"alone: caddie trial rerun {self.spec.study} {self.spec.number}"
+        )
         try:
             with self.folder.log.open("a") as log:
-                log.write(error + "\n")
-                for path, tail in printed.items():
-                    if tail:
-                        log.write(f"--- {path}\n{tail}\n")
+                log.writelines(
+                    f"{part}\n" for part in [error, *(self._printed(rank) for rank in ranks)]
+                )
         except OSError:
             pass  # the disk is full: the error itself still reaches the scheduler
         return Update(state, error=error)
 
-    def _worker_logs(self) -> list[tuple[WorkerInfo, str]]:
-        return [
-            (worker, path)
-            for worker in self.workers.values()
-            for path in dict.fromkeys(worker.logs)
-            if path.startswith("/")
-        ]
-
-    @staticmethod
-    def _tail(worker: WorkerInfo, path: str) -> str:
-        if worker.host != socket.gethostname() or not os.path.isfile(path):
+    def _printed(self, rank: int) -> str:
+        """The end of what a worker printed, where this host has it: a crash in native code leaves
+        its only trace there."""
+        worker = self.workers.get(rank)
+        if not worker or worker.host != socket.gethostname() or not os.path.isfile(worker.log):
             return ""
-        with open(path, "rb") as file:
-            file.seek(max(0, os.path.getsize(path) - LOG_TAIL_BYTES))
-            return file.read().decode(errors="replace").strip()
+        with open(worker.log, "rb") as file:
+            file.seek(max(0, os.path.getsize(worker.log) - LOG_TAIL_BYTES))
+            lines = file.read().decode(errors="replace").splitlines()
+        return "\n".join(line for line in lines if not line.startswith(RAY_LOG_HEADERS))
 
     def _free_placement_group(self) -> None:
         """Ray Train removes its placement group, unless its controller died at a bad moment."""

@@ -18,6 +18,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,8 +47,8 @@ class WorkerInfo:
     actor: Any
     """Handle of the worker's actor: killing it makes Ray Train take the whole group down."""
     placement_group: PlacementGroup | None
-    logs: tuple[str, ...]
-    """Files on `host` that hold what the worker printed."""
+    log: str
+    """File on `host` with the worker's standard error."""
 
 
 @dataclass(frozen=True)
@@ -118,10 +119,8 @@ class Mailbox:
         self._stops, self._cancelled = stops, cancelled
         if not self._news:
             self._wake.clear()
-            try:
+            with suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), wait_s)
-            except asyncio.TimeoutError:
-                pass
         news, self._news = self._news, {}
         return news
 
@@ -155,7 +154,8 @@ class MailboxReporter:
         self._thread.join(FLUSH_TIMEOUT_S)
 
     def _talk(self) -> None:
-        number, batch = 0, []
+        number = 0
+        batch: list[dict[str, Any]] = []
         while True:
             closing = self._closing.wait(self._interval_s)
             if not batch:
@@ -195,8 +195,8 @@ def _train(job: dict[str, Any], rank: int) -> dict[str, Any]:
     data_dir = config.data.dir
     if data_dir and not os.path.isdir(data_dir):
         raise DataError(
-            f"data.dir = {data_dir!r} is not a folder on node {socket.gethostname()}; copy the data "
-            "set to the same path on every node, or put it on a file system they share"
+            f"data.dir = {data_dir!r} is not a folder on node {socket.gethostname()}; copy the "
+            "data set to the same path on every node, or put it on a file system they share"
         )
     train = _load(job["train"])
     if rank != 0:
@@ -226,12 +226,8 @@ def _introduce(rank: int) -> WorkerInfo:
         host=socket.gethostname(),
         actor=ray.get_runtime_context().current_actor,
         placement_group=get_current_placement_group(),
-        logs=tuple(_target(descriptor) for descriptor in (1, 2)),
+        log=os.readlink("/proc/self/fd/2"),
     )
-
-
-def _target(descriptor: int) -> str:
-    return os.readlink(f"/proc/self/fd/{descriptor}")
 
 
 def _describe_failure(rank: int, error: BaseException) -> WorkerFailure:
