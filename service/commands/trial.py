@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.text import Text
 
 from service.commands.looking import OutOption, StorageOption, StudyArgument
 from service.commands.study_files import study_dir
@@ -128,6 +129,8 @@ def describe(view: TrialView) -> dict[str, Any]:
             for verdict in view.verdicts
         },
         "phases": dict(result.phases) if result is not None else {},
+        "duplicate_of": view.duplicate_of,
+        "error": view.error,
         "started": view.started,
         "ended": view.ended,
         "workers": view.workers,
@@ -177,6 +180,8 @@ def _show(view: TrialView, document: dict[str, Any]) -> None:
                 verdict.reason,
             )
         output().print(verdicts)
+    if view.error:
+        output().print(Text(view.error))
     output().print(f"files: {document['paths']['folder']}")
 
 

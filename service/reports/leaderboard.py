@@ -52,6 +52,8 @@ def leaderboard(trials: Iterable[TrialView], artifact_bytes: int | None) -> list
     """
     groups: dict[str, list[TrialView]] = {}
     for trial in trials:
+        if trial.duplicate_of is not None:  # not another run: it would count one seed twice
+            continue
         if trial.is_feasible and trial.value is not None and math.isfinite(trial.value):
             groups.setdefault(_configuration(trial), []).append(trial)
     ordered = sorted(groups.values(), key=lambda group: statistics.fmean(_values(group)))

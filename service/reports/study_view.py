@@ -7,6 +7,7 @@ this machine leaves gaps, not errors. Read-only: any process may look while a sw
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from optuna.trial import FrozenTrial
 from service.tracking.outbox import read_entry
 from service.tracking.outcome import FEASIBLE, Outcome, outcome_of
 from service.trial import TrialFolder, Verdict
+from service.trial_book import trial_folder
 from trainer.report import TrainResult
 
 
@@ -36,6 +38,10 @@ class TrialView:
     seed: int | None
     verdicts: list[Verdict]
     outcome: Outcome
+    duplicate_of: int | None
+    """The trial whose result this one repeats without a run of its own."""
+    error: str | None
+    """The end of the traceback of a failed trial."""
     result: TrainResult | None
     folder: Path
     started: float | None
@@ -47,51 +53,47 @@ class TrialView:
     def is_feasible(self) -> bool:
         return self.outcome.verdict == FEASIBLE
 
-    @property
-    def worker_seconds(self) -> float:
-        """Wall seconds between launch and end, times workers; 0 for a trial that never ran."""
-        if self.started is None or self.ended is None or not _launched(self.folder, self.result):
-            return 0.0
-        return (self.ended - self.started) * self.workers
-
-
-def trial_folder(study_dir: Path, number: int) -> Path:
-    """Where the files of a trial are."""
-    return study_dir / f"trial-{number:05d}"
-
 
 def view_trials(study: optuna.Study, study_dir: Path) -> list[TrialView]:
     """Every trial of a study, by number."""
-    return [view_trial(trial, study_dir) for trial in study.get_trials(deepcopy=False)]
+    common = study.user_attrs.get("overrides", {})
+    return [view_trial(trial, study_dir, common) for trial in study.get_trials(deepcopy=False)]
 
 
-def view_trial(trial: FrozenTrial, study_dir: Path) -> TrialView:
-    """One trial from what storage and folder hold."""
+def view_trial(trial: FrozenTrial, study_dir: Path, common: Mapping[str, Any]) -> TrialView:
+    """One trial from what storage and folder hold.
+
+    Args:
+        common: Settings of every trial of the study.
+    """
     folder = trial_folder(study_dir, trial.number)
     files = TrialFolder(folder)
     result = files.read_result()
     verdicts = files.read_verdicts()
     state = trial.state.name
     entry = read_entry(folder)
+    attrs = trial.user_attrs
+    launched = result is not None or files.metrics.exists()
+    outcome = outcome_of(state, verdicts, launched)
+    if trial.state.is_finished() and "verdict" in attrs:
+        outcome = Outcome(attrs["verdict"], attrs.get("reason", ""))
     return TrialView(
         number=trial.number,
         state=state,
         value=trial.value if state == "COMPLETE" else None,
         params=dict(trial.params),
-        overrides=dict(entry.overrides if entry is not None else trial.params),
+        overrides=dict(entry.overrides) if entry is not None else {**common, **trial.params},
         seed=_seed(files),
         verdicts=verdicts,
-        outcome=outcome_of(state, verdicts, _launched(folder, result)),
+        outcome=outcome,
+        duplicate_of=attrs.get("duplicate_of"),
+        error=attrs.get("error"),
         result=result,
         folder=folder,
         started=trial.datetime_start.timestamp() if trial.datetime_start else None,
         ended=trial.datetime_complete.timestamp() if trial.datetime_complete else None,
         workers=entry.workers if entry is not None else 1,
     )
-
-
-def _launched(folder: Path, result: TrainResult | None) -> bool:
-    return result is not None or TrialFolder(folder).metrics.exists()
 
 
 def _seed(files: TrialFolder) -> int | None:

@@ -239,7 +239,12 @@ class MlflowMirror:
 
 def run_name(entry: Entry, max_chars: int = 120) -> str:
     """The trial's number and what makes it differ from the recipe: "7: matrix_lr=0.031"."""
-    name = f"{entry.number}: {describe_by_leaf(entry.overrides) or entry.recipe}"
+    own = {
+        path: value
+        for path, value in entry.overrides.items()
+        if not path.startswith(("budget.", "data.dir"))  # the same for the whole study
+    }
+    name = f"{entry.number}: {describe_by_leaf(own) or entry.recipe}"
     return name if len(name) <= max_chars else name[: max_chars - 3] + "..."
 
 

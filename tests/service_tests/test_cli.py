@@ -138,7 +138,7 @@ def test_text_settings_keep_text_that_looks_like_json() -> None:
     [
         (["train", "tny"], "did you mean tiny?"),
         (["estimate", "golf_baselin"], "did you mean golf_baseline?"),
-        (["estimate", "tiny", "--device", "h1000"], "did you mean h100),
+        (["estimate", "tiny", "--device", "h1000"], "did you mean h100"),
         (["sweep", "run", "smok"], "did you mean smoke?"),
         (["trian", "tiny"], "train"),
         (["sweep", "rum"], "run"),
