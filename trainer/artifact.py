@@ -34,7 +34,7 @@ from trainer.quantize import SCHEMES, ArraySpec, QuantizedState, QuantizedTensor
 
 MAGIC = b"\x89CADDIE\n"
 VERSION = 1
-SAFE_BYTES = 1 << 30
+SAFE_BYTES = 1 << 28
 """An artifact may always unpack to this much,"""
 SAFE_RATIO = 64
 """and otherwise to this many times its own size; trained weights shrink by 1.1 to 8."""
@@ -134,10 +134,9 @@ def write(path: Path, blob: bytes) -> None:
 def read(path: Path) -> bytes:
     """The content of a file that `write` wrote. Raises ArtifactError."""
     try:
-        with path.open("rb") as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise ArtifactError(f"{path}: not a regular file; name the artifact itself")
-            return file.read()
+        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for its writer
+            raise ArtifactError(f"{path}: not a regular file; name the artifact itself")
+        return path.read_bytes()
     except OSError as error:
         raise ArtifactError(f"{path}: cannot be read ({error.strerror}); check the path") from None
 

@@ -224,11 +224,14 @@ def test_killing_the_writer_leaves_the_earlier_artifact_whole(tmp_path: Path) ->
     assert os.listdir(tmp_path) == ["artifact.bin"]
 
 
-@pytest.mark.parametrize("wrong", ["missing", "folder", "pipe-like device"])
-def test_what_is_no_file_is_not_read(tmp_path: Path, wrong: str) -> None:
-    path = {"missing": tmp_path / "no", "folder": tmp_path, "pipe-like device": Path("/dev/zero")}
-    with pytest.raises(ArtifactError, match=r"cannot be read|not a regular file"):
-        artifact.read(path[wrong])
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [("missing", "cannot be read"), (".", "not a regular"), ("pipe", "not a regular")],
+)
+def test_what_is_no_file_is_not_read(tmp_path: Path, name: str, fault: str) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ArtifactError, match=fault):
+        artifact.read(tmp_path / name)
 
 
 # --- hostile files -------------------------------------------------------------------------
@@ -277,6 +280,7 @@ LIES: dict[str, Callable[[dict[str, Any]], None]] = {
     "large shape": _set("tensors", 0, 2, to=[1 << 29]),
     "huge empty shape": _set("tensors", 0, 2, to=[1 << 48, 1 << 48, 0]),
     "shape beyond integers": _set("tensors", 0, 2, to=[10**400]),
+    "shape at the bound": _set("tensors", 0, 2, to=[1 << 27]),
     "larger shape": _set("tensors", 0, 2, to=[25, 40]),
     "smaller shape": _set("tensors", 0, 2, to=[23, 40]),
     "negative shape": _set("tensors", 0, 2, to=[-24, -40]),
@@ -409,7 +413,7 @@ def test_thousands_of_damaged_files_are_refused_or_harmless() -> None:
     blob, rng = _small(), random.Random(20)
     body, text = blob[:-CHECKSUM_BYTES], json.dumps(_header(blob)).encode()
     refused = 0
-    for trial in range(4000):
+    for trial in range(10_000):
         if trial % 2:
             hostile = _with_header(blob, _mutated(text, rng))
         else:
@@ -423,7 +427,7 @@ def test_thousands_of_damaged_files_are_refused_or_harmless() -> None:
         for name, weights in dequantize(quantized).items():
             stored = quantized.tensors[quantized.aliases.get(name, name)]
             assert tuple(weights.shape) == stored.shape
-    assert refused > 3000
+    assert refused > 8000
 
 
 def test_arrays_of_a_decoded_artifact_cannot_be_written_to() -> None:
