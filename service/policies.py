@@ -24,6 +24,8 @@ class Policy:
     """Trials rejected before launch in a row that end a sweep."""
     max_failures: int = 5
     """Trials failed in a row that end a sweep."""
+    storage_patience_s: float = 300.0
+    """A storage that is away for longer ends the sweep."""
     asks_per_step: int = 8
     """Proposals looked at in one step of the scheduler, so that it stays responsive."""
     reports_per_trial: int = 50

@@ -51,7 +51,7 @@ class WorkSeconds:
     """GPU-seconds, or worker-seconds where there is no GPU, of ended trials."""
 
     spent: float = 0.0
-    """Training that was done, failed attempts included."""
+    """Training that was done, failed and interrupted attempts included."""
     saved_before_launch: float = 0.0
     """Training budgets of the trials that were rejected."""
     saved_while_running: float = 0.0
@@ -185,7 +185,7 @@ def _stored_running(trials: Sequence[FrozenTrial]) -> list[RunningTrial]:
 def _seconds(trials: Sequence[FrozenTrial], unit: str) -> WorkSeconds:
     spent, saved = 0.0, Counter[str]()
     for trial in trials:
-        spent += trial.user_attrs.get("spent_s", 0.0)
+        spent += trial.user_attrs.get("spent_s", 0.0) + trial.user_attrs.get("spent_before_s", 0.0)
         if _has_ended(trial):
             saved[trial.user_attrs.get("verdict", "")] += trial.user_attrs.get("saved_s", 0.0)
     return WorkSeconds(spent, saved[REJECTED], saved[STOPPED], unit)

@@ -142,7 +142,6 @@ def make_sampler(seed: int) -> TPESampler:
         multivariate=True,
         constant_liar=True,
         n_startup_trials=STARTUP_TRIALS,
-        warn_independent_sampling=False,
     )
 
 

@@ -54,6 +54,11 @@ def not_finite(reason: str) -> Verdict:
     return Verdict("divergence", 1, 0, "non-finite losses", False, reason, predicted=False)
 
 
+def has_finite_loss(result: TrainResult) -> bool:
+    """Whether the last training loss is a number; JSON has null in the place of nan."""
+    return result.train_loss is not None and math.isfinite(result.train_loss)
+
+
 def _number(loss: float | None) -> float:
     """JSON writers may turn nan into null."""
     return math.nan if loss is None else loss

@@ -182,6 +182,7 @@ def _train_result(trial: _Submitted, stopped: str | None) -> TrainResult:
     run, config = trial.run, trial.spec.config
     trained = run.train_s if stopped is None else max(0.0, trial.stop_at - trial.at - run.start_s)
     steps = round(min(trained, run.train_s) / run.step_s)
+    loss = run.loss(min(1.0, trained / run.train_s))
     common = TrainResult(
         status="finished" if stopped is None else "stopped",
         stop_reason=stopped,
@@ -192,13 +193,13 @@ def _train_result(trial: _Submitted, stopped: str | None) -> TrainResult:
         device="fake",
         phases={"train": min(trained, run.train_s)},
         step_ms=1000 * run.step_s,
+        train_loss=loss,
     )
     if stopped is not None:
         return common
     return common.model_copy(
         update={
             "phases": {**common.phases, "evaluate": run.eval_s},
-            "train_loss": run.loss(1.0),
             "val_loss": run.val_bpb,
             "val_bpb": run.val_bpb,
             "bytes_code": run.bytes_code,

@@ -1,0 +1,91 @@
+"""A trial between ask and tell, as the scheduler holds it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import optuna
+
+from service.runners.base import RunState, Update
+from service.status import RunningTrial
+from service.trial import TrialSpec, Verdict
+
+
+@dataclass
+class Run:
+    """What the scheduler knows of one trial in flight."""
+
+    spec: TrialSpec
+    trial: optuna.Trial
+    asked_at: float = 0.0
+    submitted_at: float = 0.0
+    verdicts: dict[str, Verdict] = field(default_factory=dict)
+    """The latest of each filter."""
+    state: RunState = RunState.STARTING
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    """Step records, oldest first."""
+    started_at: float | None = None
+    """When the budget clock started, by the records' wall clock."""
+    trained_until: float | None = None
+    """When the last step heard of was done."""
+    stop_by: float | None = None
+    """When a run that was asked to stop is cancelled; None = it was not asked."""
+    final: Update | None = None
+    """Kept until the trial is told, since a runner says it only once."""
+    num_reported: int = 0
+    reported_at: float = -math.inf
+    last_reported_step: int = -1
+
+    @property
+    def number(self) -> int:
+        return self.spec.number
+
+    @property
+    def trained_s(self) -> float:
+        """Seconds on the budget clock, as far as heard."""
+        return float(self.steps[-1]["elapsed_s"]) if self.steps else 0.0
+
+    def hear(self, update: Update) -> None:
+        """Take in what a runner says."""
+        self.state = update.state
+        if update.state not in (RunState.STARTING, RunState.RUNNING):
+            self.final = update
+        for event in update.events:
+            if event["kind"] == "step":
+                self.steps.append(event)
+                self.trained_until = event["time"]
+                if self.started_at is None:
+                    self.started_at = event["time"] - event["elapsed_s"]
+            elif event["kind"] == "phase" and event["name"] == "train":
+                self.trained_until = event["time"]
+
+    def judge(self, verdicts: Iterable[Verdict]) -> None:
+        """Keep verdicts, later over earlier."""
+        self.verdicts.update({verdict.name: verdict for verdict in verdicts})
+
+    def timings(self, now: float) -> dict[str, float]:
+        """What the service itself costs a trial, in seconds, as far as it is known."""
+        known = {}
+        if self.started_at is not None and self.asked_at:
+            known["seconds_ask_to_first_step"] = self.started_at - self.asked_at
+        if self.trained_until is not None:
+            known["seconds_last_step_to_tell"] = now - self.trained_until
+        return known
+
+    def row(self, word: str | None = None) -> RunningTrial:
+        """For the live table; `word` says what the trial waits for."""
+        last = self.steps[-1] if self.steps else {}
+        stopping = "stopping" if self.stop_by is not None else self.state.value
+        return RunningTrial(
+            number=self.number,
+            params=dict(self.trial.params),
+            state=word or stopping,
+            attempt=self.spec.attempt,
+            step=last.get("step"),
+            elapsed_s=last.get("elapsed_s"),
+            train_seconds=self.spec.config.budget.train_seconds,
+            train_loss=last.get("train_loss"),
+        )

@@ -1,0 +1,543 @@
+"""The loop of a sweep: ask, filter, submit, poll, judge, tell. One call of `step` per turn.
+
+Effects happen here and in the trial book, decisions in policies and filters. It knows runners and
+trackers only by their interfaces, so it is tested without Ray or MLflow, in simulated time.
+
+What survives a kill at any point: the Optuna storage and the trial folders. A new driver adopts
+what it finds RUNNING: a trial with a result is judged and told; any other goes back into the queue
+with its number and parameters.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from search_spaces import Space
+from search_spaces.tracks import TRACKS, Track
+from service.errors import RunnerError, StorageError, StudyBusyError
+from service.filters import Filter
+from service.filters.divergence import has_finite_loss, not_finite
+from service.filters.duplicate import Duplicates
+from service.filters.memory import out_of_memory
+from service.lease import DriverLease
+from service.policies import (
+    AfterFailure,
+    Policy,
+    Streak,
+    after_failure,
+    ending,
+    is_overdue,
+    num_to_launch,
+    should_report,
+)
+from service.policies import Ending as SweepEnding
+from service.run import Run
+from service.runners.base import Demand, Runner, RunState
+from service.status import RunningTrial, SweepStatus, status_of
+from service.study import (
+    STORAGE_FAULTS,
+    forget_stop,
+    frozen_trials,
+    live_trial,
+    requeue,
+    stop_grace,
+)
+from service.tracking.base import Tracker
+from service.trial import TrialSpec, Verdict
+from service.trial_book import Ending, TrialBook, note_stop, stop_verdict
+from trainer.config import BudgetConfig
+from trainer.report import TrainResult
+
+logger = logging.getLogger(__name__)
+LOOK_FOR_STOP_S = 1.0
+"""Between two looks into the storage for a wish to stop."""
+
+
+class Scheduler:
+    """Drives one study. All calls come from one thread.
+
+    Args:
+        study: From service.study.open_study.
+        space: What is searched.
+        runner: Where trials run.
+        trackers: Mirrors of the trials.
+        filters: From service.filters.default_filters; they learn, so they belong to this sweep.
+        demand: Workers of every trial.
+        num_trials: The study's COMPLETE and PRUNED trials in all, earlier drivers' included.
+        out_dir: Folder of studies; trial folders are out_dir/STUDY/trial-00007.
+        track: Budgets in force; None = the space's own.
+        overrides: Settings of every trial; they beat the track's.
+        policy: Limits and periods.
+        provenance: From service.provenance.collect.
+        clock: Wall-clock seconds, comparable between hosts and with the runner's records.
+
+    Raises:
+        StudyBusyError: Another live driver works on this study.
+        RunnerError: No trial of this demand can ever be placed.
+    """
+
+    def __init__(
+        self,
+        study: optuna.Study,
+        space: Space,
+        runner: Runner,
+        trackers: Sequence[Tracker],
+        filters: Sequence[Filter],
+        demand: Demand,
+        num_trials: int,
+        out_dir: Path,
+        *,
+        track: Track | None = None,
+        overrides: Mapping[str, Any] | None = None,
+        policy: Policy | None = None,
+        provenance: Mapping[str, Any] | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        track = track or TRACKS[space.track]
+        if runner.total_slots(demand) < 1:
+            raise RunnerError(
+                f"a trial of {demand.workers} workers with {demand.cpus_per_worker:g} CPUs and "
+                f"{demand.gpus_per_worker:g} GPUs each never fits here; lower --workers-per-trial "
+                "or --gpus-per-worker, or add nodes"
+            )
+        self._study = study
+        self._space = space
+        self._runner = runner
+        self._trackers = list(trackers)
+        self._filters = list(filters)
+        self._demand = demand
+        self._num_trials = num_trials
+        self._policy = policy or Policy()
+        self._clock = clock
+        self._lease = DriverLease(study, clock)
+        self._book = TrialBook(
+            study=study,
+            base=space.base(),
+            recipe=space.recipe,
+            overrides={**_budget_overrides(track.budget()), **(overrides or {})},
+            study_dir=out_dir.absolute() / study.study_name,
+            demand=demand,
+            provenance=provenance or {},
+            trackers=trackers,
+            clock=clock,
+        )
+        self._running: dict[int, Run] = {}
+        self._ready: deque[Run] = deque()
+        """Judged fit to launch, waiting for a slot."""
+        self._parked: dict[int, tuple[Run, int]] = {}
+        """Equal to a trial in flight: (trial, number of that one)."""
+        self._duplicates = Duplicates()
+        self._told: set[int] = set()
+        """Numbers of the COMPLETE and PRUNED trials."""
+        self._streak = Streak()
+        self._ending: SweepEnding | None = None
+        self._stop_by: float | None = None
+        self._looked_for_stop = -math.inf
+        self._storage_away_since: float | None = None
+        self._in_order = False
+        """Whether the storage holds nothing RUNNING that this driver does not know."""
+        self._has_caught_up = False
+        self._is_ousted = False
+        forget_stop(study)
+        study.set_user_attr("num_trials", num_trials)
+        study.set_user_attr("unit", "GPU-seconds" if demand.gpus_per_worker else "worker-seconds")
+        study.set_user_attr("ending", None)
+
+    def step(self) -> bool:
+        """One turn: never waits for a trial. Call it a few times a second.
+
+        Returns:
+            True while work remains.
+
+        Raises:
+            StorageError: The storage has been away for too long; the study stays resumable.
+            StudyBusyError: Another driver took the study over.
+        """
+        try:
+            self._turn()
+        except STORAGE_FAULTS as error:
+            self._wait_for_storage(error)
+            return True
+        except StudyBusyError:
+            self._is_ousted = True
+            raise
+        self._storage_away_since = None
+        return self._has_work()
+
+    def stop_asking(self, grace_s: float) -> None:
+        """Ask for no more trials; what still runs after the grace goes back into the queue."""
+        deadline = self._clock() + grace_s
+        self._stop_by = deadline if self._stop_by is None else min(deadline, self._stop_by)
+        self._ending = self._ending or SweepEnding.REQUESTED
+
+    def status(self) -> SweepStatus:
+        """A snapshot for people."""
+        return status_of(self._study, running=self._running_rows(), now=self._clock())
+
+    def close(self) -> None:
+        """End what runs, leaving it in the queue, and let the next driver in."""
+        try:
+            if not self._is_ousted:
+                self._interrupt_all()
+                self._study.set_user_attr("ending", self.ending)
+                self._lease.release()
+        except STORAGE_FAULTS as error:
+            logger.warning("the storage is away (%s); the next driver will clean up", error)
+        finally:
+            self._runner.close()
+            for tracker in self._trackers:
+                tracker.close()
+
+    @property
+    def ending(self) -> str | None:
+        """Why the sweep asks for no more trials, in a sentence; None while it does."""
+        if self._ending is None:
+            return None
+        return self._ending.value.format(count=self._streak.length)
+
+    # --- a turn -----------------------------------------------------------------------------
+
+    def _turn(self) -> None:
+        self._lease.renew()
+        if not self._in_order:
+            self._put_in_order()
+        self._look_for_stop()
+        for run in list(self._running.values()):
+            self._attend(run)
+        self._settle_parked()
+        self._decide_ending()
+        if self._stop_by is not None:
+            self._wind_down(self._stop_by)
+        self._launch_ready()
+        if self._ending is None:
+            self._ask_for_more()
+
+    def _has_work(self) -> bool:
+        return self._ending is None or bool(self._everything())
+
+    def _decide_ending(self) -> None:
+        if self._ending is None:
+            self._ending = ending(len(self._told), self._num_trials, self._streak, self._policy)
+
+    def _look_for_stop(self) -> None:
+        now = self._clock()
+        if now - self._looked_for_stop >= LOOK_FOR_STOP_S:
+            self._looked_for_stop = now
+            grace_s = stop_grace(self._study)
+            if grace_s is not None:
+                forget_stop(self._study)
+                self.stop_asking(grace_s)
+
+    def _wait_for_storage(self, error: Exception) -> None:
+        now = self._clock()
+        self._in_order = False
+        if self._storage_away_since is None:
+            self._storage_away_since = now
+            logger.warning("the storage does not answer (%s); trying again", error)
+        if now - self._storage_away_since > self._policy.storage_patience_s:
+            raise StorageError(
+                f"the storage of study {self._study.study_name!r} has not answered for "
+                f"{self._policy.storage_patience_s:g} s; run the same command again when it is "
+                "back, nothing that was told is lost"
+            ) from error
+
+    # --- proposals --------------------------------------------------------------------------
+
+    def _ask_for_more(self) -> None:
+        for _ in range(self._policy.asks_per_step):
+            slots = self._runner.free_slots(self._demand) - len(self._ready)
+            wanted = num_to_launch(
+                self._num_trials, len(self._told), len(self._everything()), slots
+            )
+            full = len(self._parked) >= self._runner.total_slots(self._demand)
+            if wanted == 0 or full or self._ending is not None:
+                return
+            self._ask()
+            self._launch_ready()
+            self._decide_ending()
+
+    def _ask(self) -> None:
+        asked_at = self._clock()
+        trial = self._study.ask(dict(self._space.axes))
+        spec, fault = self._book.specify(trial.number, trial.params)
+        run = Run(spec, trial, asked_at)
+        if fault is None and self._has_owner(run):
+            return
+        verdicts = [fault] if fault is not None else self._judge_launch(spec)
+        run.judge(verdicts)
+        self._book.open(spec, trial, verdicts)
+        if all(verdict.ok for verdict in verdicts):
+            self._ready.append(run)
+        else:
+            self._end(run, TrialState.PRUNED)
+
+    def _has_owner(self, run: Run) -> bool:
+        """Whether the proposal equals an earlier trial; then it is told again or parked."""
+        owner = self._duplicates.claim(run.spec.config.digest(), run.number)
+        if owner is None:
+            return False
+        self._book.open(run.spec, run.trial, [])
+        self._parked[run.number] = (run, owner)
+        self._settle_parked()
+        return True
+
+    def _settle_parked(self) -> None:
+        for run, owner in list(self._parked.values()):
+            if any(other.number == owner for other in self._everything()):
+                continue
+            earlier = frozen_trials(self._study)[owner]
+            digest = run.spec.config.digest()
+            if owner in self._told and self._book.folder(owner).verdicts.exists():
+                self._finish_book(run, self._book.copy_end(run.spec, earlier))
+            else:
+                self._duplicates.release(digest, owner)
+                heir = self._duplicates.claim(digest, run.number)
+                if heir is not None:
+                    self._parked[run.number] = (run, heir)
+                    continue
+                self._ready.append(run)
+            del self._parked[run.number]
+
+    def _judge_launch(self, spec: TrialSpec) -> list[Verdict]:
+        judged = (judge.before_launch(spec) for judge in self._filters)
+        return [verdict for verdict in judged if verdict is not None]
+
+    def _launch_ready(self) -> None:
+        while self._ready and self._runner.free_slots(self._demand) > 0:
+            run = self._ready.popleft()
+            run.submitted_at = self._clock()
+            self._book.launch(run.spec)
+            try:
+                self._runner.submit(run.spec, self._demand)
+            except RunnerError as error:
+                self._failed(run, str(error))
+                return
+            self._running[run.number] = run
+
+    # --- runs -------------------------------------------------------------------------------
+
+    def _attend(self, run: Run) -> None:
+        if run.final is None:
+            update = self._runner.poll(run.number)
+            run.hear(update)
+            if update.events:
+                self._book.heard(run.spec, update.events)
+                self._report(run)
+            if run.final is None:
+                self._watch(run, judge=bool(update.events))
+                return
+        update = run.final
+        if update.state is RunState.FINISHED:
+            assert update.result is not None, "a finished run has a result"
+            self._finished(run, update.result)
+        elif update.state is RunState.OUT_OF_MEMORY:
+            run.judge([out_of_memory(update.error or "")])
+            self._end(run, TrialState.PRUNED)
+        else:
+            self._failed(run, update.error or "the run ended without a word")
+
+    def _report(self, run: Run) -> None:
+        """An intermediate value now and then, so that the dashboard has curves."""
+        since = self._clock() - run.reported_at
+        if not run.steps or not should_report(run.num_reported, since, self._policy):
+            return
+        step, loss = run.steps[-1]["step"], run.steps[-1]["train_loss"]
+        if step > run.last_reported_step and loss is not None and math.isfinite(loss):
+            run.trial.report(loss, step)
+            run.num_reported += 1
+            run.reported_at = self._clock()
+            run.last_reported_step = step
+
+    def _watch(self, run: Run, judge: bool) -> None:
+        """Judge a run that goes on; end it when it must."""
+        now = self._clock()
+        if run.stop_by is not None:
+            if now >= run.stop_by:
+                self._runner.cancel(run.number)
+                self._stopped(run)
+        elif is_overdue(run.spec.config.budget, now - run.submitted_at, self._policy):
+            self._runner.cancel(run.number)
+            self._failed(run, f"cancelled: no result {now - run.submitted_at:.0f} s after launch")
+        elif judge:
+            self._judge_running(run)
+
+    def _judge_running(self, run: Run) -> None:
+        for judge in self._filters:
+            verdict = judge.while_running(run.spec, run.steps)
+            if verdict is None:
+                continue
+            run.judge([verdict])
+            if not verdict.ok:
+                note_stop(run.trial, verdict)
+                run.stop_by = self._clock() + self._policy.stop_grace_s
+                self._runner.request_stop(run.number, verdict.reason)
+                return
+
+    def _finished(self, run: Run, result: TrainResult) -> None:
+        if result.status == "stopped":
+            self._stopped(run, result)
+            return
+        for judge in self._filters:
+            measured = judge.after_finish(run.spec, result)
+            if measured is not None:
+                run.judge([measured])
+            judge.learn(run.spec.config, result)
+        scored = result.val_bpb is not None and math.isfinite(result.val_bpb)
+        self._end(run, TrialState.COMPLETE if scored else TrialState.PRUNED, result)
+
+    def _stopped(self, run: Run, result: TrainResult | None = None) -> None:
+        reason = (result and result.stop_reason) or "stopped without a reason"
+        verdict = stop_verdict(run.trial)
+        if verdict is None and result is not None and not has_finite_loss(result):
+            verdict = not_finite(reason)
+        if verdict is None:
+            self._failed(run, f"stopped from outside: {reason}")
+            return
+        run.judge([verdict])
+        self._end(run, TrialState.PRUNED, result)
+
+    def _failed(self, run: Run, error: str) -> None:
+        if stop_verdict(run.trial) is not None:
+            self._stopped(run)
+        elif after_failure(run.spec.attempt, self._policy) is AfterFailure.GIVE_UP:
+            self._duplicates.release(run.spec.config.digest(), run.number)
+            self._end(run, TrialState.FAIL, error=error)
+        else:
+            again = Run(replace(run.spec, attempt=run.spec.attempt + 1), run.trial, run.asked_at)
+            again.judge(verdict for verdict in run.verdicts.values() if verdict.predicted)
+            again.last_reported_step = run.last_reported_step
+            self._book.retry(again.spec, run.trial, error, self._units(run.trained_s))
+            self._running.pop(run.number, None)
+            self._ready.append(again)
+
+    def _end(
+        self,
+        run: Run,
+        state: TrialState,
+        result: TrainResult | None = None,
+        error: str | None = None,
+    ) -> None:
+        trained_s = run.trained_s if result is None else result.phases.get("train", 0.0)
+        budget_s = run.spec.config.budget.train_seconds or 0.0
+        saved_s = max(0.0, budget_s - trained_s) if state == TrialState.PRUNED else 0.0
+        end = Ending(
+            state=state,
+            verdicts=tuple(run.verdicts.values()),
+            result=result,
+            value=result.val_bpb if result and state == TrialState.COMPLETE else None,
+            error=error,
+            spent_s=self._units(trained_s),
+            saved_s=self._units(saved_s),
+            timings=run.timings(self._clock()),
+        )
+        self._finish_book(run, end)
+
+    def _finish_book(self, run: Run, end: Ending) -> None:
+        verdict = self._book.close(run.spec, run.trial, end)
+        self._running.pop(run.number, None)
+        self._streak = self._streak.after(verdict)
+        if end.state != TrialState.FAIL:
+            self._told.add(run.number)
+
+    def _units(self, seconds: float) -> float:
+        """Seconds of a trial in GPU-seconds, or in worker-seconds where there is no GPU."""
+        return seconds * self._demand.workers * (self._demand.gpus_per_worker or 1)
+
+    # --- beginnings and ends ----------------------------------------------------------------
+
+    def _put_in_order(self) -> None:
+        """Take over what an earlier driver, or a storage outage, left; count what is told."""
+        known = {run.number for run in self._everything()}
+        for trial in frozen_trials(self._study):
+            if trial.state in (TrialState.COMPLETE, TrialState.PRUNED):
+                self._told.add(trial.number)
+            if trial.state.is_finished() and not self._has_caught_up:
+                self._remember(trial)
+        self._has_caught_up = True
+        for trial in frozen_trials(self._study, TrialState.RUNNING):
+            if trial.number not in known:
+                self._adopt(trial)
+        self._in_order = True
+
+    def _remember(self, trial: FrozenTrial) -> None:
+        self._book.catch_up(trial)
+        digest = trial.user_attrs.get("digest")
+        if digest is not None and trial.state != TrialState.FAIL:
+            self._duplicates.claim(digest, trial.number)
+        run = self._book.read_run(trial.number)
+        if run is not None and trial.state == TrialState.COMPLETE:
+            for judge in self._filters:
+                judge.learn(*run)
+
+    def _adopt(self, trial: FrozenTrial) -> None:
+        """A trial that a dead driver left RUNNING."""
+        folder = self._book.folder(trial.number)
+        decided = [verdict for verdict in folder.read_verdicts() if not verdict.ok]
+        result = folder.read_result()
+        live = live_trial(self._study, trial.number)
+        run = Run(self._book.specify(trial.number, trial.params)[0], live)
+        run.judge(folder.read_verdicts())
+        if result is not None and self._is_an_end(live, result):
+            self._finished(run, result)
+        elif decided:
+            self._end(run, TrialState.PRUNED)
+        else:
+            requeue(self._study, trial.number)
+
+    def _is_an_end(self, trial: optuna.Trial, result: TrainResult) -> bool:
+        """Whether a result says something of the trial, not of a driver that went away."""
+        if result.status == "finished" or stop_verdict(trial) is not None:
+            return True
+        return not has_finite_loss(result)
+
+    def _wind_down(self, deadline: float) -> None:
+        for run in self._everything():
+            if run.number not in self._running:
+                requeue(self._study, run.number)
+        self._ready.clear()
+        self._parked.clear()
+        if self._clock() >= deadline:
+            self._interrupt_all()
+
+    def _interrupt_all(self) -> None:
+        """Put every trial in flight back into the queue, but tell what finished meanwhile."""
+        for run in list(self._running.values()):
+            if run.final is None:
+                self._runner.cancel(run.number)
+            result = self._book.folder(run.number).read_result()
+            if result is not None and self._is_an_end(run.trial, result):
+                self._finished(run, result)
+                continue
+            self._book.note_spent(run.trial, self._units(run.trained_s))
+            requeue(self._study, run.number)
+            del self._running[run.number]
+        self._wind_down(math.inf)
+
+    def _everything(self) -> list[Run]:
+        parked = (run for run, _ in self._parked.values())
+        return [*self._running.values(), *self._ready, *parked]
+
+    def _running_rows(self) -> list[RunningTrial]:
+        rows = [run.row() for run in self._running.values()]
+        rows += [run.row("retrying") for run in self._ready]
+        rows += [run.row("waiting") for run, _ in self._parked.values()]
+        return sorted(rows, key=lambda row: row.number)
+
+
+def _budget_overrides(budget: BudgetConfig) -> dict[str, Any]:
+    """A track says nothing about max_steps."""
+    return {
+        f"budget.{name}": value
+        for name, value in budget.model_dump().items()
+        if name != "max_steps"
+    }
