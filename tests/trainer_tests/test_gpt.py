@@ -9,6 +9,7 @@ from torch import Tensor
 from tests.trainer_tests.plain_gpt import plain_logits, plain_loss
 from trainer.attention import select_backend
 from trainer.config import ModelConfig
+from trainer.errors import ConfigError
 from trainer.model.gpt import GPT
 from trainer.recipes import RECIPES
 
@@ -29,10 +30,10 @@ CASES = [
 ]
 
 
-def build(config: ModelConfig, attention: str = "sdpa") -> GPT:
+def build(config: ModelConfig, attention: str = "sdpa", max_seq_len: int = 20) -> GPT:
     """A model whose every parameter is random: fresh zeros and ones would hide mistakes."""
     torch.manual_seed(3)
-    model = GPT(config, select_backend(attention, "cpu", lambda line: None))
+    model = GPT(config, select_backend(attention, "cpu", lambda line: None), max_seq_len)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.4).add_(0.1)
@@ -128,6 +129,14 @@ def test_compiles_as_one_graph_with_the_same_numbers() -> None:
     with torch.no_grad():
         each = compiled(tokens, targets, reduction="none")
         torch.testing.assert_close(each.mean(), gradients[0][0], rtol=1e-3, atol=1e-3)
+
+
+def test_rows_beyond_the_rotary_tables_are_refused_and_a_larger_table_changes_nothing() -> None:
+    short, longer = build(SMALL, max_seq_len=12), build(SMALL, max_seq_len=13)
+    tokens, _ = random_tokens(SMALL, num_tokens=13)
+    with pytest.raises(ConfigError, match=r"rows of 13 tokens.*at most 12; lower data\.seq_len"):
+        short.logits(tokens)
+    torch.testing.assert_close(longer.logits(tokens)[:, :12], short.logits(tokens[:, :12]))
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -1,12 +1,14 @@
 """Attention through `torch.nn.functional.scaled_dot_product_attention`: runs everywhere.
 
 On cuda the library chooses among several kernels. Measured on an H200 (bf16, D = 64), cuDNN's needs
-0.6 of the time of FlashAttention-2, but its support depends on driver, library and shape, so it is
-tried once and preferred only where it gives the right numbers.
+0.6 of the time of FlashAttention-2, and a whole step of golf_baseline takes 248 ms instead of 276.
+But its support depends on driver, library and shape, so it is tried once and preferred only where
+it gives the right numbers.
 """
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
 
 import torch
@@ -90,7 +92,10 @@ def _output_and_gradients(
     with sdpa_kernel(kernel):
         out_BTHD = attend_sdpa(leaves[0], leaves[1], leaves[2])
         # a cotangent that differs by position: with ones, dq and dk of a softmax nearly vanish
-        gradients = torch.autograd.grad(out_BTHD, leaves, out_BTHD.detach().cos())
+        with warnings.catch_warnings():
+            # often a process's first backward pass: its thread finds no CUDA context and says so
+            warnings.filterwarnings("ignore", "Attempting to run cuBLAS")
+            gradients = torch.autograd.grad(out_BTHD, leaves, out_BTHD.detach().cos())
     return [x.detach().float() for x in (out_BTHD, *gradients)]
 
 

@@ -28,7 +28,7 @@ class SelfAttention(nn.Module):
     def forward(self, x_BTC: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
         dtype = x_BTC.dtype
         # One product of three matrices side by side: the weights stay separate parameters, but the
-        # activations are read once, and once more in the backward pass.
+        # activations are read once, and once more in the backward pass (1 ms of 249 on an H200).
         weight = torch.cat((self.q.weight, self.k.weight, self.v.weight)).to(dtype)
         q_BTHD, k_BTGD, v_BTGD = (
             part.reshape(*part.shape[:2], -1, self._head_dim)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from trainer.attention import Attend
 from trainer.config import ModelConfig
+from trainer.errors import ConfigError
 from trainer.model.block import Block
 from trainer.model.linear import Linear
 from trainer.model.norm import rms_norm
@@ -79,9 +80,15 @@ class GPT(nn.Module):
         return cap * torch.tanh(_at_least_fp32(raw_BTV) / cap)
 
     def _hidden(self, tokens_BT: Tensor) -> Tensor:
-        """Residual stream after the last block, [B, T, C], in compute_dtype."""
+        """Residual stream after the last block, [B, T, C], in compute_dtype. ConfigError when T is
+        above max_seq_len."""
         num_tokens = tokens_BT.size(1)
-        assert num_tokens <= self.rotary_cos.size(0), "rows are longer than max_seq_len"
+        if num_tokens > self.rotary_cos.size(0):
+            raise ConfigError(
+                f"rows of {num_tokens} tokens, but the model was built for at most "
+                f"{self.rotary_cos.size(0)}; lower data.seq_len or evaluate.seq_len, or build "
+                "GPT(..., max_seq_len=)"
+            )
         cos_TF, sin_TF = self.rotary_cos[:num_tokens], self.rotary_sin[:num_tokens]
         # Cast after the lookup, not before: the backward pass then adds up rows in fp32.
         x_BTC = rms_norm(self.tok_emb(tokens_BT)).to(self.compute_dtype)
