@@ -13,7 +13,7 @@ from collections.abc import Callable
 import typer
 from rich.text import Text
 
-from service.commands import catalogue, data, estimate, looking, train, trial
+from service.commands import catalogue, data, estimate, looking, sweep, train, trial
 from service.commands.terminal import messages
 from service.errors import SweepError, UsageError
 from trainer.errors import ConfigError, TrainerError
@@ -52,6 +52,10 @@ _add(data_app, "prepare", data.prepare, "caddie data prepare a.txt.xz --vocab-si
 _add(data_app, "fetch", data.fetch, "caddie data fetch sp1024 --out caddie-data/sp1024")
 _add(app, "estimate", estimate.estimate, "caddie estimate golf_baseline --set model.num_layers=11")
 _add(app, "train", train.train, "caddie train tiny --set optim.matrix_lr=0.03 --seed 1")
+_add(sweep_app, "run", sweep.run, "caddie sweep run smoke --trials 12 --workers-per-trial 2")
+_add(sweep_app, "status", sweep.status, "caddie sweep status smoke --json")
+_add(sweep_app, "stop", sweep.stop, "caddie sweep stop smoke")
+_add(sweep_app, "list", sweep.list_studies, "caddie sweep list")
 _add(trial_app, "show", trial.show, "caddie trial show smoke 3")
 _add(trial_app, "rerun", trial.rerun, "caddie trial rerun smoke 3")
 _add(app, "leaderboard", looking.leaderboard, "caddie leaderboard smoke --json")

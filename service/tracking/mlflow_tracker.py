@@ -20,10 +20,9 @@ from typing import Any
 from service.tracking.mlflow_mirror import MlflowMirror
 from service.tracking.outbox import (
     close_entry,
-    folders_with_entries,
     open_entry,
     read_entry,
-    read_progress,
+    unsent_folders,
 )
 from service.trial import TrialSpec, Verdict
 from trainer.report import TrainResult
@@ -68,8 +67,7 @@ class MlflowTracker:
         self._max_backoff_s = max_backoff_s
         self._mirror: MlflowMirror | None = None
         self._lock = threading.Lock()
-        unsent = filter(self._unsent, folders_with_entries(study_dir))
-        self._pending: dict[Path, int] = dict.fromkeys(unsent, 0)
+        self._pending = dict.fromkeys(unsent_folders(study_dir, tracking_uri), 0)
         """Folder -> failed attempts."""
         self._wake = threading.Event()
         self._closing = threading.Event()
@@ -112,11 +110,6 @@ class MlflowTracker:
     def _enqueue(self, folder: Path) -> None:
         with self._lock:
             self._pending.setdefault(folder, 0)
-
-    def _unsent(self, folder: Path) -> bool:
-        entry = read_entry(folder)
-        progress = read_progress(folder, self._uri)
-        return entry is not None and not (progress.finished and progress.launch == entry.launch)
 
     def _run(self) -> None:
         pause_s = self._interval_s

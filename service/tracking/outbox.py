@@ -137,6 +137,17 @@ def folders_with_entries(root: Path) -> list[Path]:
     return sorted(path.parent for path in root.rglob("tracking.json"))
 
 
+def is_unsent(folder: Path, target: str) -> bool:
+    """Whether `target` lacks something of a trial that a tracker has seen."""
+    entry, progress = read_entry(folder), read_progress(folder, target)
+    return entry is not None and not (progress.finished and progress.launch == entry.launch)
+
+
+def unsent_folders(root: Path, target: str) -> list[Path]:
+    """Every trial folder under `root` that `target` does not have completely."""
+    return [folder for folder in folders_with_entries(root) if is_unsent(folder, target)]
+
+
 def new_records(folder: Path, start: int, limit: int) -> tuple[list[dict[str, Any]], int]:
     """Complete lines of metrics.jsonl from byte `start` on, at most `limit` of them.
 

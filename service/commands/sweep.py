@@ -1,0 +1,186 @@
+"""`caddie sweep run|status|stop|list`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from service.commands.looking import (
+    OutOption,
+    StorageOption,
+    StudyArgument,
+    TrackingOption,
+)
+from service.commands.sweep_driver import drive, make_plan, mirror_leftovers
+from service.commands.sweep_summary import show_summary
+from service.commands.terminal import (
+    JsonFlag,
+    SetOption,
+    make_table,
+    number,
+    output,
+    print_json,
+    say,
+)
+from service.commands.train import DataOption
+from service.config import load_settings
+
+
+def run(
+    space: Annotated[str, typer.Argument(metavar="SPACE", help="See `caddie spaces`.")],
+    study: Annotated[
+        str | None, typer.Option("--study", metavar="NAME", help="Default: the space's name.")
+    ] = None,
+    new: Annotated[
+        bool, typer.Option("--new", help="A fresh study: adds -2, -3 ... to a name in use.")
+    ] = False,
+    trials: Annotated[
+        int | None, typer.Option("--trials", min=1, help="Trials of the study in all.")
+    ] = None,
+    sets: SetOption = None,
+    data: DataOption = None,
+    out: OutOption = None,
+    storage: StorageOption = None,
+    tracking: TrackingOption = None,
+    runner: Annotated[
+        str | None, typer.Option("--runner", help="ray (default), or local: torchrun here.")
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option("--address", metavar="RAY", help="Ray cluster to join.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option("--workers-per-trial", min=1, help="Processes per trial.")
+    ] = None,
+    gpus: Annotated[
+        float | None, typer.Option("--gpus-per-worker", min=0, help="GPUs of each process.")
+    ] = None,
+    cpus: Annotated[
+        float | None, typer.Option("--cpus-per-worker", min=0, help="CPUs of each process.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Of the sampler.")] = None,
+    grace: Annotated[
+        float | None,
+        typer.Option("--grace", min=0, metavar="S", help="For running trials at Ctrl-C."),
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Run a study, or go on with the one of this name.
+
+    Ctrl-C or SIGTERM once: no new trials, running ones may finish within the grace. Twice: stop
+    now. The study can be resumed either way, by the same command.
+    """
+    settings = load_settings(
+        {
+            "trials": trials,
+            "data": data,
+            "out": out,
+            "storage": storage,
+            "tracking_uri": tracking,
+            "runner": runner,
+            "address": address,
+            "workers_per_trial": workers,
+            "gpus_per_worker": gpus,
+            "cpus_per_worker": cpus,
+            "seed": seed,
+            "grace_seconds": grace,
+        }
+    )
+    plan = make_plan(space, study, new, sets, settings)
+    from service.status import status_of
+    from service.study import open_study
+
+    opened = open_study(
+        plan.name,
+        settings.storage_url,
+        plan.space,
+        track=plan.track,
+        overrides=plan.overrides,
+        seed=settings.seed,
+    )
+    before = status_of(opened)
+    if before.told >= settings.trials and not before.states["RUNNING"]:
+        say(
+            f"study {plan.name} is finished: {before.told} trials of {settings.trials}. Ask for "
+            "more with --trials, or start afresh with --new"
+        )
+        mirror_leftovers(plan)
+        ended_well = True
+    else:
+        ended_well = drive(plan, opened)
+    status = status_of(opened)
+    if as_json:
+        print_json(status.to_dict())
+    else:
+        show_summary(plan.name, opened, status, settings)
+    if not ended_well:
+        raise typer.Exit(1)
+
+
+def status(
+    study: StudyArgument,
+    storage: StorageOption = None,
+    out: OutOption = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Say where a study stands, whoever runs it."""
+    from service.live import draw
+    from service.status import status_of
+    from service.study import load_study
+
+    settings = load_settings({"storage": storage, "out": out})
+    found = status_of(load_study(study, settings.storage_url))
+    if as_json:
+        return print_json(found.to_dict())
+    console = output()
+    console.print(draw(found))
+    console.print(f"driver: {found.driver or 'nobody works on it'}")
+
+
+def stop(
+    study: StudyArgument,
+    grace: Annotated[
+        float | None, typer.Option("--grace", min=0, metavar="S", help="For running trials.")
+    ] = None,
+    storage: StorageOption = None,
+    out: OutOption = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Ask a running sweep, on whatever machine, to end; its study can be resumed."""
+    from service.status import status_of
+    from service.study import ask_to_stop, load_study
+
+    settings = load_settings({"storage": storage, "out": out, "grace_seconds": grace})
+    loaded = load_study(study, settings.storage_url)
+    driver = status_of(loaded).driver
+    if driver is not None:
+        ask_to_stop(loaded, settings.grace_seconds)
+    if as_json:
+        return print_json({"study": study, "driver": driver, "asked": driver is not None})
+    if driver is None:
+        output().print(f"nobody works on study {study}")
+    else:
+        output().print(
+            f"asked process {driver} to stop: no new trials, {settings.grace_seconds:g} s for the "
+            "running ones"
+        )
+
+
+def list_studies(
+    storage: StorageOption = None, out: OutOption = None, as_json: JsonFlag = False
+) -> None:
+    """List the studies of a storage."""
+    from service.status import status_of
+    from service.study import load_study, study_names
+
+    url = load_settings({"storage": storage, "out": out}).storage_url
+    found = [status_of(load_study(name, url)) for name in study_names(url)]
+    if as_json:
+        return print_json([each.to_dict() for each in found])
+    numbers = ("trials", "feasible", "best")
+    table = make_table("study", "space", "track", *numbers, "driver", right=numbers)
+    for each in found:
+        best = number(each.best.value if each.best is not None else None)
+        row = (str(each.told), str(each.feasible), best, each.driver or "-")
+        table.add_row(each.study, each.space, each.track, *row)
+    output().print(table if found else "no studies yet; start one with `caddie sweep run`")

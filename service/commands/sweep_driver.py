@@ -1,0 +1,252 @@
+"""Drives a sweep from the command line: checks the question, builds the parts, turns the scheduler.
+
+Separate from the commands because this is where signals, the live table and the order of starting
+and ending things live.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from service.commands.data import data_for
+from service.commands.recipe_config import settings as overrides_from
+from service.commands.study_files import artifact_root, study_dir, tracking_uri
+from service.commands.terminal import messages, named, say
+from service.config import ServiceSettings
+from service.errors import UsageError
+
+if TYPE_CHECKING:
+    import optuna
+
+    from search_spaces import Space
+    from search_spaces.tracks import Track
+    from service.live import LiveTable
+    from service.runners.base import Runner
+    from service.scheduler import Scheduler
+    from service.tracking.base import Tracker
+
+TURN_S = 0.1
+"""Pause between two turns of the scheduler."""
+SHOW_EVERY_S = 1.0
+MIRROR_GRACE_S = 30.0
+"""How long the end of a finished study waits for MLflow."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A sweep, checked, before anything is started."""
+
+    settings: ServiceSettings
+    space: Space
+    track: Track
+    overrides: dict[str, Any]
+    """Of every trial, the data folder included."""
+    name: str
+
+
+def make_plan(
+    space: str, study: str | None, new: bool, sets: list[str] | None, settings: ServiceSettings
+) -> Plan:
+    """Check everything that can be asked wrongly, before a study or a cluster is touched.
+
+    Raises: UsageError, ConfigError.
+    """
+    from search_spaces import SPACES
+    from service.study import study_names
+
+    chosen = named("space", space, SPACES)
+    track = settings.track(chosen.track)
+    base = chosen.base()
+    overrides = overrides_from(base, sets)
+    clash = [path for path in overrides if path in chosen.axes]
+    if clash:
+        raise UsageError(
+            f"--set {', '.join(clash)}: the space {chosen.name} varies it; fix it with `caddie "
+            "train`, or write a space without that axis"
+        )
+    budget = {f"budget.{name}": value for name, value in track.budget().model_dump().items()}
+    config = base.with_overrides({**budget, **overrides})
+    if "data.dir" not in overrides:
+        overrides["data.dir"] = str(data_for(config, settings.data, chosen.recipe))
+    name = study or chosen.name
+    if "/" in name or name in ("", ".", ".."):
+        raise UsageError(f"--study {name!r}: cannot be the name of a folder; leave out slashes")
+    if new:
+        name = _unused(name, study_names(settings.storage_url))
+    return Plan(settings, chosen, track, overrides, name)
+
+
+def _unused(name: str, names: list[str]) -> str:
+    tried, count = name, 1
+    while tried in names:
+        count += 1
+        tried = f"{name}-{count}"
+    return tried
+
+
+def drive(plan: Plan, study: optuna.Study) -> bool:
+    """Run the sweep; False when it ended because nothing in it can work."""
+    from service.live import LiveTable
+    from service.policies import Ending
+
+    live = LiveTable(messages())
+    with _log_to(live):
+        say(f"study {plan.name}: starting {plan.settings.runner}")
+        scheduler = _make_scheduler(plan, study, live)
+        try:
+            with StopSignals() as signals, live:
+                _loop(scheduler, signals, live, plan.settings.grace_seconds)
+                live.say("ending: stopping workers and mirroring")
+                scheduler.close()
+        except BaseException:
+            scheduler.close()
+            raise
+    fine = (Ending.ENOUGH.value, Ending.REQUESTED.value)
+    if scheduler.ending is not None and scheduler.ending not in fine:
+        live.say(f"error: {scheduler.ending}", "red")
+        return False
+    return True
+
+
+def _make_scheduler(plan: Plan, study: optuna.Study, live: LiveTable) -> Scheduler:
+    from service.filters import default_filters
+    from service.policies import Policy
+    from service.provenance import collect
+    from service.runners.base import Demand
+    from service.scheduler import Scheduler
+    from trainer.data.dataset import Dataset
+
+    settings = plan.settings
+    provenance = collect(data_digest=Dataset.open(plan.overrides["data.dir"]).digest)
+    runner = _make_runner(settings)
+    trackers: list[Tracker] = []
+    try:
+        trackers = _make_trackers(plan, live)
+        return Scheduler(
+            study,
+            plan.space,
+            runner,
+            trackers,
+            default_filters(settings.size_limit),
+            Demand(settings.workers_per_trial, settings.gpus_per_worker, settings.cpus_per_worker),
+            settings.trials,
+            settings.out,
+            track=plan.track,
+            overrides=plan.overrides,
+            policy=Policy(max_attempts=settings.max_attempts),
+            provenance=provenance,
+        )
+    except BaseException:
+        runner.close()
+        for tracker in trackers:
+            tracker.close(0.0)
+        raise
+
+
+def _make_runner(settings: ServiceSettings) -> Runner:
+    if settings.runner == "local":
+        from service.runners.local_runner import LocalRunner
+
+        return LocalRunner()
+    from service.runners.ray_runner import RayRunner
+
+    return RayRunner(settings.address)
+
+
+def _make_trackers(plan: Plan, live: LiveTable) -> list[Tracker]:
+    from service.live import ConsoleTracker
+    from service.tracking.jsonl_tracker import JsonlTracker
+    from service.tracking.mlflow_tracker import MlflowTracker
+
+    folder = study_dir(plan.settings, plan.name)
+    return [
+        JsonlTracker(folder / "trials.jsonl"),
+        ConsoleTracker(live),
+        MlflowTracker(
+            plan.name,
+            folder,
+            tracking_uri(plan.settings),
+            artifact_root(plan.settings),
+            warn=lambda line: live.say(line, "yellow"),
+        ),
+    ]
+
+
+def mirror_leftovers(plan: Plan) -> None:
+    """Send what an earlier sweep of the study could not."""
+    from service.tracking.mlflow_tracker import MlflowTracker
+    from service.tracking.outbox import unsent_folders
+
+    folder, uri = study_dir(plan.settings, plan.name), tracking_uri(plan.settings)
+    if folder.exists() and unsent_folders(folder, uri):
+        say("mirroring to MLflow what is not there yet")
+        MlflowTracker(plan.name, folder, uri, artifact_root(plan.settings), warn=say).close(
+            MIRROR_GRACE_S
+        )
+
+
+def _loop(scheduler: Scheduler, signals: StopSignals, live: LiveTable, grace_s: float) -> None:
+    shown, obeyed = 0.0, 0
+    while scheduler.step():
+        if signals.count > obeyed:
+            obeyed = signals.count
+            now = obeyed > 1
+            scheduler.stop_asking(0.0 if now else grace_s)
+            live.say(
+                "stopping now; the study can be resumed"
+                if now
+                else f"stopping: running trials have {grace_s:g} s to finish; once more stops now"
+            )
+        if time.monotonic() - shown >= SHOW_EVERY_S:
+            live.show(scheduler.status())
+            shown = time.monotonic()
+        time.sleep(TURN_S)
+
+
+class StopSignals:
+    """Counts SIGINT and SIGTERM instead of dying of them."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        for each in (signal.SIGINT, signal.SIGTERM):
+            self._before[each] = signal.signal(each, self._note)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for each, handler in self._before.items():
+            signal.signal(each, handler)
+
+    def _note(self, number: int, frame: object) -> None:
+        self.count += 1
+
+
+class _LiveHandler(logging.Handler):
+    def __init__(self, live: LiveTable) -> None:
+        super().__init__(logging.WARNING)
+        self._live = live
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._live.say(record.getMessage(), "yellow")
+
+
+@contextmanager
+def _log_to(live: LiveTable) -> Iterator[None]:
+    """Warnings of the service appear above the table."""
+    handler = _LiveHandler(live)
+    logger = logging.getLogger("service")
+    logger.addHandler(handler)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = True
