@@ -10,7 +10,6 @@ from torch import nn
 
 from trainer.config import OptimConfig, TrainConfig
 from trainer.distributed import Group
-from trainer.model.gpt import GPT
 from trainer.optim.muon import Muon
 from trainer.optim.rules import ParamRule, assign, param_rules
 
@@ -51,8 +50,8 @@ class Optimizer:
         self._adam.load_state_dict(state["adam"])
 
 
-def build_optimizer(model: GPT, config: TrainConfig, group: Group) -> Optimizer:
-    """The optimiser of a run, for a model that is on its device already. Call it on every rank."""
+def build_optimizer(model: nn.Module, config: TrainConfig, group: Group) -> Optimizer:
+    """The optimiser of a run, for a GPT that is on its device already. Call it on every rank."""
     params = dict(model.named_parameters())
     rules = assign(params, param_rules(config))
     muon = Muon(
