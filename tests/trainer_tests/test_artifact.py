@@ -273,12 +273,14 @@ def _set(*path: Any, to: object) -> Callable[[dict[str, Any]], None]:
     return change
 
 
+EMPTY = [name for name in _state() if name != "head.weight"].index("empty")
+
 LIES: dict[str, Callable[[dict[str, Any]], None]] = {
     "unknown scheme": _set("tensors", 0, 1, to="pickle"),
     "another scheme": _set("tensors", 0, 1, to="float32"),
     "huge shape": _set("tensors", 0, 2, to=[1 << 40, 1 << 40]),
     "large shape": _set("tensors", 0, 2, to=[1 << 29]),
-    "huge empty shape": _set("tensors", 0, 2, to=[1 << 48, 1 << 48, 0]),
+    "huge empty shape": _set("tensors", EMPTY, 2, to=[1 << 48, 1 << 48, 0]),
     "shape beyond integers": _set("tensors", 0, 2, to=[10**400]),
     "shape at the bound": _set("tensors", 0, 2, to=[1 << 27]),
     "larger shape": _set("tensors", 0, 2, to=[25, 40]),
@@ -287,12 +289,12 @@ LIES: dict[str, Callable[[dict[str, Any]], None]] = {
     "fractional shape": _set("tensors", 0, 2, to=[24.0, 40]),
     "boolean shape": _set("tensors", 0, 2, to=[True, 960]),
     "many axes": _set("tensors", 0, 2, to=[1] * 70),
-    "name is a path": _set("tensors", 0, 0, to="../../etc/passwd"),
-    "name is absolute": _set("tensors", 0, 0, to="/etc/passwd"),
-    "name has a zero": _set("tensors", 0, 0, to="a\0b"),
-    "name ends a line": _set("tensors", 0, 0, to="tok_emb.weight\n"),
-    "no name": _set("tensors", 0, 0, to=""),
-    "long name": _set("tensors", 0, 0, to="a" * 100_000),
+    "name is a path": _set("tensors", 1, 0, to="../../etc/passwd"),
+    "name is absolute": _set("tensors", 1, 0, to="/etc/passwd"),
+    "name has a zero": _set("tensors", 1, 0, to="a\0b"),
+    "name ends a line": _set("tensors", 1, 0, to="q\n"),
+    "no name": _set("tensors", 1, 0, to=""),
+    "long name": _set("tensors", 1, 0, to="a" * 100_000),
     "name twice": _set("tensors", 1, 0, to="tok_emb.weight"),
     "tied to nothing": _set("aliases", "head.weight", to="nothing"),
     "tied to itself": _set("aliases", "head.weight", to="head.weight"),
@@ -362,6 +364,16 @@ def _assert_refused_cheaply(blob: bytes) -> None:
         assert tracemalloc.get_traced_memory()[1] < 32_000_000
     finally:
         tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    "change", [lambda s: s + b"hidden", lambda s: b"hidden" + s, lambda s: b""]
+)
+def test_streams_must_fill_the_file(change: Callable[[bytes], bytes]) -> None:
+    blob = _small()
+    head = blob[: -CHECKSUM_BYTES - len(_streams(blob))]
+    with pytest.raises(ArtifactError, match=r"streams take [\d,]+ bytes where the header says"):
+        artifact.decode(_sealed(head + change(_streams(blob))))
 
 
 def test_a_newer_version_says_so() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import tracemalloc
+import zlib
 
+import brotli
 import numpy as np
 import pytest
 
@@ -71,6 +73,18 @@ def test_every_truncation_and_every_extra_byte_is_refused(codec: str) -> None:
             CODECS[codec].decompress(packed[:length], len(data))
     with pytest.raises(ArtifactError):
         CODECS[codec].decompress(packed + b"\0", len(data))
+
+
+def test_a_stream_that_says_everything_but_never_ends_is_refused() -> None:
+    data = DATA["codes"]
+    by_zlib, by_brotli = zlib.compressobj(), brotli.Compressor()
+    open_ended = {
+        "zlib": by_zlib.compress(data) + by_zlib.flush(zlib.Z_SYNC_FLUSH),
+        "brotli": by_brotli.process(data) + by_brotli.flush(),
+    }
+    for codec, packed in open_ended.items():
+        with pytest.raises(ArtifactError, match="cut short"):
+            CODECS[codec].decompress(packed, len(data))
 
 
 @pytest.mark.parametrize("codec", CODECS)
