@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import os
 import platform
 import sysconfig
 import warnings
@@ -132,12 +133,16 @@ def _topics() -> dict[str, str]:
 
 def _module_files() -> dict[str, Path]:
     root = Path(sysconfig.get_path("stdlib"))
-    files = {path.relative_to(root).as_posix(): path for path in root.rglob("*.py")}
+    files = {}
+    for folder, folders, names in os.walk(root):
+        folders[:] = set(folders) - SKIPPED
+        for name in names:
+            path = Path(folder, name)
+            files[path.relative_to(root).as_posix()] = path
     return {
         name: path
         for name, path in files.items()
-        if SKIPPED.isdisjoint(path.relative_to(root).parts[:-1])
-        and not name.startswith(("config-", "_sysconfigdata"))
+        if name.endswith(".py") and not name.startswith(("config-", "_sysconfigdata"))
     }
 
 

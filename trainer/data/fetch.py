@@ -49,7 +49,7 @@ def fetch(
         num_train_shards: of 100 M tokens each; None = all.
         repository: a Hugging Face data set repository. HF_ENDPOINT, HF_TOKEN and HF_HOME mean what
             they mean to huggingface_hub.
-        root: folder of the repository that holds manifest.json.
+        root: folder of the repository that holds manifest.json; "" = its top.
         progress: called with ("download", files done, files in all).
 
     Returns {dir, vocab_size, train_tokens, val_tokens, digest}. Raises DataError when the download
@@ -60,8 +60,8 @@ def fetch(
     tokenizer = _named(manifest, "tokenizers", entry.get("tokenizer_name"))
     stats = entry.get("stats") or {}
     names = _shard_names(variant, stats, num_train_shards)
-    folder_name = f"{root}/datasets/{entry['name']}"
-    remote = [f"{folder_name}/{name}" for name in names] + [f"{root}/{tokenizer['model_path']}"]
+    remote = [_join(root, "datasets", entry["name"], name) for name in names]
+    remote.append(_join(root, tokenizer["model_path"]))
     with sole_maker(out), build_folder(out) as folder:
         for done, path in enumerate(remote, start=1):
             _place(_download(repository, path), folder / path.rsplit("/", 1)[-1])
@@ -77,14 +77,18 @@ def fetch(
 
 
 def _read_remote_manifest(repository: str, root: str) -> dict[str, Any]:
-    path = _download(repository, f"{root}/manifest.json", force=True)
+    path = _download(repository, _join(root, "manifest.json"), force=True)
     try:
         manifest = json.loads(path.read_text())
     except ValueError as error:
         raise DataError(
-            f"{repository}: {root}/manifest.json is not JSON ({error}); check the repository"
+            f"{repository}: its manifest.json is not JSON ({error}); check the repository"
         ) from None
     return dict(manifest)
+
+
+def _join(*parts: str) -> str:
+    return "/".join(part for part in parts if part)
 
 
 def _named(manifest: dict[str, Any], kind: str, name: str | None) -> dict[str, Any]:
@@ -128,21 +132,19 @@ def _check_counts(variant: str, folder: Path, names: list[str], stats: Mapping[s
 def _download(repository: str, path: str, force: bool = False) -> Path:
     try:
         from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import HfHubHTTPError
     except ImportError:
         raise DataError(
             "downloading needs huggingface_hub; install it with `pip install huggingface_hub`"
         ) from None
     try:
-        return Path(
-            hf_hub_download(repository, path, repo_type="dataset", force_download=force)
-        ).resolve()
-    except (HfHubHTTPError, OSError) as error:
-        reason = str(error).strip().split("\n")[0]
+        local = hf_hub_download(repository, path, repo_type="dataset", force_download=force)
+    except Exception as error:  # each major version has another network library's errors
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise DataError(
             f"{repository}: cannot download {path} ({reason}); check the network, HF_ENDPOINT and "
             "the repository's name"
-        ) from None
+        ) from error
+    return Path(local).resolve()
 
 
 def _place(source: Path, target: Path) -> None:
