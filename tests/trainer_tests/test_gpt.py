@@ -40,9 +40,9 @@ def build(config: ModelConfig, attention: str = "sdpa", max_seq_len: int = 20) -
     return model
 
 
-def random_tokens(config: ModelConfig, num_tokens: int = 13) -> tuple[Tensor, Tensor]:
+def random_tokens(config: ModelConfig, num_tokens: int = 8) -> tuple[Tensor, Tensor]:
     rows = torch.randint(
-        config.vocab_size, (3, num_tokens + 1), generator=torch.Generator().manual_seed(5)
+        config.vocab_size, (2, num_tokens + 1), generator=torch.Generator().manual_seed(5)
     )
     return rows[:, :-1], rows[:, 1:]
 
@@ -51,8 +51,11 @@ def plain_weights(model: GPT) -> dict[str, Tensor]:
     return {n: p.detach().double().requires_grad_() for n, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "flex"])
-@pytest.mark.parametrize("config", CASES, ids=["tied", "untied", "one_layer"])
+@pytest.mark.parametrize(
+    ("config", "attention"),
+    [(CASES[0], "sdpa"), (CASES[0], "flex"), (CASES[1], "sdpa"), (CASES[2], "sdpa")],
+    ids=["tied", "flex", "untied", "one_layer"],
+)
 def test_loss_and_gradients_equal_the_plain_model(config: ModelConfig, attention: str) -> None:
     model = build(config, attention)
     tokens, targets = random_tokens(config)
@@ -77,7 +80,7 @@ def test_loss_and_gradients_equal_the_plain_model(config: ModelConfig, attention
 def test_bfloat16_activations_give_fp32_gradients_near_the_exact_ones() -> None:
     model = build(SMALL)
     model.compute_dtype = torch.bfloat16
-    tokens, targets = random_tokens(SMALL)
+    tokens, targets = random_tokens(SMALL, num_tokens=13)
     weights = plain_weights(model)
     plain_loss(SMALL, weights, tokens, targets).mean().backward()
     assert model._hidden(tokens).dtype == torch.bfloat16
@@ -101,7 +104,7 @@ def test_logits_equal_the_plain_model_and_keep_within_the_softcap() -> None:
     assert 1.0 < float(logits.detach().abs().max()) < 2.0
 
 
-@pytest.mark.parametrize("position", [0, 6, 12])
+@pytest.mark.parametrize("position", [0, 4, 7])
 def test_a_token_changes_only_what_comes_after_it(position: int) -> None:
     model = build(SMALL)
     tokens, _ = random_tokens(SMALL)
@@ -114,7 +117,7 @@ def test_a_token_changes_only_what_comes_after_it(position: int) -> None:
 
 
 def test_compiles_as_one_graph_with_the_same_numbers() -> None:
-    model = build(SMALL)
+    model = build(SMALL.model_copy(update={"num_layers": 3}))
     model.compute_dtype = torch.bfloat16
     tokens, targets = random_tokens(SMALL)
     compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")
@@ -143,7 +146,7 @@ def test_rows_beyond_the_rotary_tables_are_refused_and_a_larger_table_changes_no
 def test_initial_weights_are_the_reference_s(tied: bool) -> None:
     config = RECIPES["tiny"].build().model.model_copy(update={"tie_embeddings": tied})
     torch.manual_seed(0)
-    weights = dict(GPT(config, select_backend("sdpa", "cpu", lambda line: None)).named_parameters())
+    weights = GPT(config, select_backend("sdpa", "cpu", lambda line: None)).state_dict()
     embed_std = config.tied_embed_init_std if tied else 1.0
     assert float(weights["tok_emb.weight"].std()) == pytest.approx(embed_std, rel=0.03)
     for layer in range(config.num_layers):
