@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -66,7 +66,6 @@ def show_leaderboard(rows: list[Row], limit: int = 20) -> None:
     if not rows:
         output().print("no feasible trial yet")
         return
-    common = _common([row.overrides for row in rows])
     numbers = ("rank", "bits per byte", "bytes", "left", "train s", "eval s", "steps", "seeds")
     table = make_table(*numbers[:2], "95 %", *numbers[2:], "trials", "settings", right=numbers)
     for row in rows[:limit]:
@@ -82,14 +81,9 @@ def show_leaderboard(rows: list[Row], limit: int = 20) -> None:
             number(row.steps, 0),
             str(row.n),
             ",".join(str(trial) for trial in row.numbers),
-            describe_settings(
-                {path: value for path, value in row.overrides.items() if path not in common}
-            )
-            or "-",
+            describe_settings(row.params or row.overrides) or "-",
         )
     output().print(table)
-    if common:
-        output().print(f"everywhere: {describe_settings(common)}")
     if len(rows) > limit:
         output().print(f"... and {len(rows) - limit} more; --json lists all")
     if all(row.n == 1 for row in rows):
@@ -97,17 +91,6 @@ def show_leaderboard(rows: list[Row], limit: int = 20) -> None:
             "one seed each: no interval. Seeds alone move large runs by about "
             f"{TYPICAL_SEED_SD} bits per byte (standard deviation), small ones by more"
         )
-
-
-def _common(overrides: list[dict[str, Any]]) -> dict[str, Any]:
-    """What all configurations share; nothing when there is only one."""
-    if len(overrides) < 2:
-        return {}
-    return {
-        path: value
-        for path, value in overrides[0].items()
-        if all(path in other and other[path] == value for other in overrides)
-    }
 
 
 def ui(

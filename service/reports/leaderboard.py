@@ -27,6 +27,8 @@ class Row:
     rank: int
     numbers: list[int]
     """Its trials, best first."""
+    params: dict[str, Any]
+    """What the sampler chose."""
     overrides: dict[str, Any]
     """What differs from the recipe, the seed aside."""
     seeds: list[int | None]
@@ -86,6 +88,7 @@ def _row(rank: int, group: list[TrialView], artifact_bytes: int | None) -> Row:
     return Row(
         rank=rank,
         numbers=[trial.number for trial in group],
+        params={path: v for path, v in group[0].params.items() if path != SEED_PATH},
         overrides=overrides,
         seeds=[trial.seed for trial in group],
         n=len(group),
