@@ -48,6 +48,7 @@ from service.study import (
     STORAGE_FAULTS,
     forget_stop,
     frozen_trials,
+    last_step,
     live_trial,
     requeue,
     stop_grace,
@@ -270,7 +271,7 @@ class Scheduler:
         asked_at = self._clock()
         trial = self._study.ask(dict(self._space.axes))
         spec, fault = self._book.specify(trial.number, trial.params)
-        run = Run(spec, trial, asked_at)
+        run = Run(spec, trial, asked_at, last_reported_step=last_step(self._study, trial))
         if fault is None and self._has_owner(run):
             return
         verdicts = [fault] if fault is not None else self._judge_launch(spec)

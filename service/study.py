@@ -185,6 +185,12 @@ def live_trial(study: optuna.Study, number: int) -> optuna.Trial:
     return optuna.Trial(study, trial_id)
 
 
+def last_step(study: optuna.Study, trial: optuna.Trial) -> int:
+    """The last step with an intermediate value, also of an earlier attempt; -1 = none."""
+    step = study._storage.get_trial(trial._trial_id).last_step
+    return -1 if step is None else step
+
+
 def requeue(study: optuna.Study, number: int) -> None:
     """Put an unfinished trial back in the queue: the next ask returns it, number and parameters
     kept, before anything new is proposed."""

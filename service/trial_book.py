@@ -123,7 +123,7 @@ class TrialBook:
         own = {"study": spec.study, "number": spec.number, "recipe": spec.recipe}
         own |= {"overrides": spec.overrides, "digest": spec.config.digest()}
         write_json(folder.provenance, {**own, **self._provenance})
-        attrs: dict[str, Any] = {"digest": spec.config.digest(), "folder": str(spec.folder)}
+        attrs: dict[str, Any] = {"digest": spec.config.digest()}
         for verdict in verdicts:
             if verdict.predicted:
                 attrs[f"predicted.{verdict.name}"] = verdict.value
@@ -270,17 +270,13 @@ def _is_told(study: optuna.Study, trial: optuna.Trial) -> bool:
 
 
 def _result_attrs(result: TrainResult | None) -> dict[str, Any]:
+    """What people sort by in the dashboard; the rest is in result.json."""
     if result is None:
         return {}
     attrs = {
         "steps": result.steps,
-        "num_params": result.num_params,
-        "step_ms": result.step_ms,
         "train_seconds": result.phases.get("train"),
         "eval_seconds": result.phases.get("evaluate"),
-        "val_loss": result.val_loss,
-        "val_bpb_prequant": result.val_bpb_prequant,
-        "bytes_model": result.bytes_model,
         "bytes_total": result.bytes_total,
     }
     return {name: value for name, value in attrs.items() if value is not None}

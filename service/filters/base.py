@@ -28,7 +28,7 @@ class Filter:
         return None
 
     def while_running(self, spec: TrialSpec, steps: Sequence[StepRecord]) -> Verdict | None:
-        """Judge a run by all of its step records so far, oldest first; None = nothing to say."""
+        """Judge a run by all of its step records so far, oldest first; None = let it go on."""
         return None
 
     def after_finish(self, spec: TrialSpec, result: TrainResult) -> Verdict | None:

@@ -26,7 +26,7 @@ class Configuration(Filter):
                 f"data.batch_tokens = {data.batch_tokens} makes {rows} rows of data.seq_len = "
                 f"{data.seq_len}, which {spec.workers} workers cannot share equally"
             )
-        return _verdict(0, "every setting is valid")
+        return None
 
 
 def build_config(
@@ -42,8 +42,5 @@ def build_config(
 def invalid(faults: str) -> Verdict:
     """The verdict on a configuration with these faults, one a line."""
     lines = faults.splitlines()
-    return _verdict(len(lines), "invalid: " + "; ".join(lines))
-
-
-def _verdict(num_faults: int, reason: str) -> Verdict:
-    return Verdict(NAME, num_faults, 0, "faults", num_faults == 0, reason, predicted=False)
+    reason = "invalid: " + "; ".join(lines)
+    return Verdict(NAME, len(lines), 0, "faults", False, reason, predicted=False)

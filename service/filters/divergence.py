@@ -36,12 +36,14 @@ class Divergence(Filter):
         uniform = math.log(spec.config.model.vocab_size)
         best = min([uniform, *filter(math.isfinite, losses)])
         bound, lowest = best + MARGIN_NATS, min(losses[-PATIENCE:])
-        ok = lowest <= bound
+        if lowest <= bound:
+            return None
         reason = (
-            f"the training loss at step {steps[-1]['step']} is {losses[-1]:.2f} nats; it had been "
-            f"{best:.2f}" + ("" if ok else f", and stays more than {MARGIN_NATS:g} above that")
+            f"the training loss at step {steps[-1]['step']} is {losses[-1]:.2f} nats and stays "
+            f"above {bound:.2f}, {MARGIN_NATS:g} more than "
+            + ("guessing" if best == uniform else "the run had reached")
         )
-        return Verdict(self.name, lowest, bound, "nats", ok, reason, predicted=False)
+        return Verdict(self.name, lowest, bound, "nats", False, reason, predicted=False)
 
     def after_finish(self, spec: TrialSpec, result: TrainResult) -> Verdict | None:
         if result.val_bpb is not None and math.isfinite(result.val_bpb):

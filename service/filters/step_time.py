@@ -34,13 +34,13 @@ class StepTime(Filter):
         seconds_per_step = (last["elapsed_s"] - first["elapsed_s"]) / (last["step"] - first["step"])
         left = max(0.0, budget.train_seconds - last["elapsed_s"])
         forecast = last["step"] + left / max(seconds_per_step, 1e-9)
-        ok = forecast * (1 + TOLERANCE) >= bound
+        if forecast * (1 + TOLERANCE) >= bound:
+            return None
         reason = (
             f"about {forecast:,.0f} steps of {1000 * seconds_per_step:.0f} ms fit into "
-            f"{budget.train_seconds:g} s, {'enough for' if ok else 'short of'} the minimum of "
-            f"{bound:,}"
+            f"{budget.train_seconds:g} s, short of the minimum of {bound:,}"
         )
-        return Verdict(self.name, forecast, bound, "steps", ok, reason, predicted=True)
+        return Verdict(self.name, round(forecast), bound, "steps", False, reason, predicted=True)
 
     def after_finish(self, spec: TrialSpec, result: TrainResult) -> Verdict | None:
         bound = _bound(spec.config.budget)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import optuna
+from sqlalchemy import event
+from sqlalchemy.engine import Engine
 
 from search_spaces import SPACES, Space
 from search_spaces.tracks import Track
@@ -24,6 +27,13 @@ SMOKE = SPACES["smoke"]
 TRACK = Track(
     name="bench", artifact_bytes=200_000, train_seconds=8.0, eval_seconds=30.0, min_steps=20
 )
+
+
+@event.listens_for(Engine, "connect")
+def _trust_the_power_supply(connection: Any, record: Any) -> None:
+    """SQLite without fsync: survives a killed process, as the tests need, and is ten times faster."""
+    if isinstance(connection, sqlite3.Connection):
+        connection.execute("PRAGMA synchronous=OFF")
 
 
 class Recorder:
