@@ -53,7 +53,8 @@ class Group:
             flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
             dist.all_reduce(flat)
             flat.div_(self.size)
-            parts = flat.split([tensor.numel() for tensor in bucket])
+            sizes = [tensor.numel() for tensor in bucket]
+            parts = torch.split(flat, sizes)
             torch._foreach_copy_(
                 bucket, [part.view_as(tensor) for part, tensor in zip(parts, bucket, strict=True)]
             )

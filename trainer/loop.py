@@ -110,14 +110,7 @@ class Run:
             if device.type == "cuda":
                 torch.set_float32_matmul_precision("high")
                 torch.cuda.reset_peak_memory_stats()
-            attend = select_backend(
-                config.runtime.attention, device.type, lambda line: reporter.emit("log", line=line)
-            )
-            longest_row = max(config.data.seq_len, config.evaluate.seq_len)
-            model = GPT(config.model, attend, max_seq_len=longest_row).to(device)
-            model.compute_dtype = _compute_dtype(config, device)
-            for parameter in model.parameters():
-                group.broadcast_(parameter.data)
+            model = build_model(config, group, lambda line: reporter.emit("log", line=line))
             loader = TrainLoader(
                 dataset,
                 config.data.seq_len,
@@ -181,7 +174,7 @@ class Run:
         total = torch.zeros((), device=self.group.device)
         for tokens, targets in micro_batches:
             loss = self.forward(tokens, targets) / len(micro_batches)
-            loss.backward()
+            torch.autograd.backward(loss)
             total += loss.detach()
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         self.group.all_reduce_mean_([*gradients, total])
@@ -359,6 +352,21 @@ class Run:
             artifact_sha256=size.sha256 if size else None,
             peak_memory_bytes=int(self.group.max_float(_peak_memory(self.group.device))),
         )
+
+
+def build_model(config: TrainConfig, group: Group, log: Callable[[str], None]) -> GPT:
+    """The model on its device, with rank 0's initial weights on every rank.
+
+    Weights come from torch's global generator: seed it before. Raises BackendError when the
+    attention backend of runtime.attention cannot run here.
+    """
+    attend = select_backend(config.runtime.attention, group.device.type, log)
+    longest_row = max(config.data.seq_len, config.evaluate.seq_len)
+    model = GPT(config.model, attend, max_seq_len=longest_row).to(group.device)
+    model.compute_dtype = _compute_dtype(config, group.device)
+    for parameter in model.parameters():
+        group.broadcast_(parameter.data)
+    return model
 
 
 def _compiles(config: TrainConfig, device: torch.device) -> bool:

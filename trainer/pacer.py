@@ -35,7 +35,7 @@ class StepPacer:
             return
         box = torch.empty((), dtype=loss.dtype, pin_memory=True)
         box.copy_(loss, non_blocking=True)
-        event = torch.cuda.Event()
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record()
         self._pending.append((event, box))
 

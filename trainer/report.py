@@ -7,6 +7,7 @@ the clock. `TrainResult` is plain data that crosses processes and is written as 
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -61,7 +62,7 @@ class FileReporter:
 
     def emit(self, kind: EventKind, **fields: Any) -> None:
         record = {"kind": kind, "time": time.time(), **fields}
-        self._metrics.write(json.dumps(record) + "\n")
+        self._metrics.write(json.dumps(plain(record)) + "\n")
         line = describe(record)
         self._log.write(line + "\n")
         if self._echo:
@@ -70,6 +71,14 @@ class FileReporter:
     def stop_requested(self) -> str | None:
         stop = self._folder / "stop"
         return stop.read_text().strip() or "asked to stop" if stop.exists() else None
+
+
+def plain(record: dict[str, Any]) -> dict[str, Any]:
+    """The record with every number that JSON cannot hold (NaN, infinity) as its name."""
+    return {
+        key: repr(value) if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in record.items()
+    }
 
 
 def describe(record: dict[str, Any]) -> str:

@@ -47,5 +47,5 @@ def test_a_group_of_one_needs_no_process_group() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_asking_for_cuda_without_one_says_what_to_do() -> None:
-    with pytest.raises(BackendError, match="runtime.device"), join_group("cuda"):
+    with pytest.raises(BackendError, match=r"runtime\.device"), join_group("cuda"):
         pass

@@ -40,8 +40,8 @@ def golf_baseline() -> TrainConfig:
         ),
         schedule=ScheduleConfig(warmdown="steps", warmdown_steps=1200),
         data=DataConfig(seq_len=1024, batch_tokens=524_288, micro_batch_tokens=65_536),
-        # The published floor makes rows whose clip is below 1 share one coarse step: fewer bytes and
-        # a little more loss than int8 needs. It is part of what fits the cap at 600 s on 8xH100.
+        # The published floor makes rows whose clip is below 1 share one coarse step: fewer bytes
+        # and a little more loss than int8 needs. It is part of what fits the cap after 600 s.
         quantize=QuantizeConfig(scheme="int8", clip_percentile=99.99984, scale_floor=1 / 127),
         compress=CompressConfig(codec="zlib", level=9),
         evaluate=EvaluateConfig(seq_len=1024, batch_tokens=524_288),
