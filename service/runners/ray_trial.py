@@ -17,6 +17,8 @@ from typing import Any
 
 import psutil
 import ray
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2.api.callback import RayTrainCallback
 from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.exceptions import WorkerGroupError
 from ray.train.v2.torch.torch_trainer import TorchTrainer
@@ -34,6 +36,15 @@ OUT_OF_MEMORY_MARKS = ("OutOfMemoryError", "running low on memory", "memory moni
 """How Ray words the end of a worker that it killed because the host's memory ran out."""
 RAY_LOG_HEADERS = (":job_id:", ":actor_name:", ":task_name:")
 """Lines that Ray puts into the output of workers for its own readers."""
+
+
+class LeanTorchTrainer(TorchTrainer):
+    """A TorchTrainer without Ray's placement group cleaner, a process per trial that removes the
+    group when the controller dies and takes a second to stop. RayTrial.settle removes it."""
+
+    def _create_default_callbacks(self) -> list[RayTrainCallback]:
+        callbacks = super()._create_default_callbacks()
+        return [c for c in callbacks if not isinstance(c, PlacementGroupCleanerCallback)]
 
 
 class RayTrial:
@@ -71,7 +82,7 @@ class RayTrial:
 
     def _fit(self) -> None:
         try:
-            trainer = TorchTrainer(
+            trainer = LeanTorchTrainer(
                 run_trial,
                 train_loop_config=self._job,
                 scaling_config=ScalingConfig(
@@ -94,6 +105,7 @@ class RayTrial:
             self._outcome = result.return_value  # metrics would need a checkpoint
         except BaseException as error:
             self._outcome = error
+        self._job["mailbox"].wake.remote()  # the pump need not wait for news to see the end
 
     def absorb(self, news: News) -> None:
         """Take in what the workers said, and write the records into the folder."""

@@ -103,6 +103,10 @@ class Mailbox:
         """A worker raised."""
         self._news_of(key).failures.append(failure)
 
+    async def wake(self) -> None:
+        """Answer a waiting `collect` at once."""
+        self._wake.set()
+
     async def stop(self, key: str, reason: str) -> None:
         """The driver wants the trial to stop."""
         self._stops[key] = reason

@@ -87,8 +87,11 @@ def killed(config: TrainConfig, reporter: Reporter, out: Path | None = None) -> 
 
 
 def crowded_host(config: TrainConfig, reporter: Reporter, out: Path | None = None) -> TrainResult:
-    """Waits for Ray's memory monitor."""
+    """Takes 2 GiB of memory and waits for Ray's memory monitor."""
+    reporter.emit("log", line="taking memory")
+    hoard = [torch.ones(2**26) for _ in range(8)]
     time.sleep(120.0)
+    del hoard
     raise AssertionError("unreachable")
 
 
