@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import signal
-import subprocess
-import sys
+import os
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,15 +23,17 @@ from service.commands.terminal import (
     say,
 )
 from service.errors import RunnerError, UsageError
-from service.trial import TrialFolder, write_json
+from service.trial import TrialFolder, TrialSpec, write_json
 from trainer.config import TrainConfig
-from trainer.report import EventKind, FileReporter, TrainResult
+from trainer.report import EventKind, FileReporter, TrainResult, describe
 
 RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="See `caddie recipes`.")]
 DataOption = Annotated[
     Path | None,
     typer.Option("--data", metavar="DIR", help="Data set; default: the embedded corpus."),
 ]
+
+POLL_S = 0.2
 
 
 def train(
@@ -69,11 +69,7 @@ def run(config: TrainConfig, folder: Path, nproc: int) -> TrainResult:
     files.clear_run()
     write_json(files.config, config.to_dict())
     if nproc > 1:
-        _run_torchrun(folder, nproc)
-        result = files.read_result()
-        if result is None:
-            raise RunnerError(f"the run left no result; see {files.log}")
-        return result
+        return _run_processes(config, folder, nproc)
     say("loading torch")
     from trainer.loop import train as train_here
 
@@ -139,19 +135,25 @@ class ProgressReporter(FileReporter):
             self._bar.update(self._task, description=f"after {fields['name']}")
 
 
-def _run_torchrun(folder: Path, nproc: int) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(nproc), "-m", "trainer"]
-    command += ["--config", str(folder / "config.json"), "--out", str(folder)]
-    process = subprocess.Popen(command, stdout=sys.stderr)
+def _run_processes(config: TrainConfig, folder: Path, nproc: int) -> TrainResult:
+    """Under torchrun, by the runner that sweeps use, which leaves no process behind."""
+    from service.runners.base import Demand, RunState
+    from service.runners.local_runner import LocalRunner, visible_gpus
+
+    on_gpus = config.runtime.device != "cpu" and bool(visible_gpus())
+    demand = Demand(nproc, gpus_per_worker=1.0 if on_gpus else 0.0, cpus_per_worker=1.0)
+    spec = TrialSpec("train", 0, "", {}, config, folder, nproc, demand.gpus_per_worker)
+    runner = LocalRunner(num_cpus=max(nproc, len(os.sched_getaffinity(0))))
     try:
-        code = process.wait()
-    except BaseException:
-        process.send_signal(signal.SIGTERM)  # torchrun passes it on to its ranks
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()
-        raise
-    if code:
-        raise RunnerError(f"torchrun exited {code}; see {folder / 'train.log'} and the lines above")
+        runner.submit(spec, demand)
+        while True:
+            update = runner.poll(spec.number)
+            for event in update.events:
+                say(describe(event))
+            if update.result is not None:
+                return update.result
+            if update.state in (RunState.FAILED, RunState.OUT_OF_MEMORY):
+                raise RunnerError(update.error or f"the run failed; see {folder / 'train.log'}")
+            time.sleep(POLL_S)
+    finally:
+        runner.close()
