@@ -111,7 +111,8 @@ def test_leaves_a_folder_with_other_files_alone(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["notes.md"]
 
 
-def test_two_builders_and_one_killed_half_way(built: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_killed", [False, True], ids=["both live", "first killed"])
+def test_two_builders_at_once(built: Path, tmp_path: Path, is_killed: bool) -> None:
     context = multiprocessing.get_context("fork")
     out = tmp_path / "second" / "demo"
     first = context.Process(target=build_demo, args=(out,))
@@ -123,10 +124,12 @@ def test_two_builders_and_one_killed_half_way(built: Path, tmp_path: Path) -> No
     second = context.Process(target=build_demo, args=(out,))
     second.start()
     assert first.pid is not None
-    os.kill(first.pid, signal.SIGKILL)
-    first.join()
-    assert not out.exists()
+    if is_killed:
+        os.kill(first.pid, signal.SIGKILL)
+        first.join()
+        assert not out.exists()
+    first.join(timeout=120)
     second.join(timeout=120)
-    assert second.exitcode == 0
+    assert (first.exitcode, second.exitcode) == (-signal.SIGKILL if is_killed else 0, 0)
     assert content(out) == content(built)
     assert [path.name for path in out.parent.iterdir()] == ["demo"]
