@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -21,6 +21,10 @@ from service.commands.terminal import (
 from service.commands.train import RecipeArgument
 from trainer.account import count_parameters, flops_per_token
 from trainer.config import TrainConfig
+
+if TYPE_CHECKING:
+    from service.filters import Filter
+    from service.trial import TrialSpec
 
 
 @dataclass(frozen=True)
@@ -64,13 +68,12 @@ def forecast(
     recipe: str, config: TrainConfig, overrides: dict[str, Any], device: str, count: int
 ) -> dict[str, Any]:
     """The estimate as the contract's document."""
-    from service.filters import default_filters
+    from service.filters import Filter, default_filters
     from service.filters.artifact_size import ArtifactSize
     from service.trial import TrialSpec
 
     spec = TrialSpec("estimate", 0, recipe, overrides, config, Path.cwd(), workers=count)
     filters = default_filters()
-    judged = [verdict for f in filters if (verdict := f.before_launch(spec)) is not None]
     size = next(f for f in filters if isinstance(f, ArtifactSize)).forecast(config)
     flops = flops_per_token(config.model, config.data.seq_len)
     step_s = flops * config.data.batch_tokens / (DEVICES[device].flops * count)
@@ -89,16 +92,25 @@ def forecast(
             "basis": f"rough, from {DEVICES[device].basis}",
         },
         "verdicts": [
-            {
-                "name": verdict.name,
-                "ok": verdict.ok,
-                "value": verdict.value,
-                "bound": verdict.bound,
-                "unit": verdict.unit,
-                "reason": verdict.reason,
-            }
-            for verdict in judged
+            _judge(judge, spec)
+            for judge in filters
+            if type(judge).before_launch is not Filter.before_launch
         ],
+    }
+
+
+def _judge(judge: Filter, spec: TrialSpec) -> dict[str, Any]:
+    verdict = judge.before_launch(spec)
+    if verdict is None:
+        nothing = {"value": None, "bound": None, "unit": "", "reason": "nothing against it"}
+        return {"name": judge.name, "ok": True, **nothing}
+    return {
+        "name": verdict.name,
+        "ok": verdict.ok,
+        "value": verdict.value,
+        "bound": verdict.bound,
+        "unit": verdict.unit,
+        "reason": verdict.reason,
     }
 
 

@@ -123,6 +123,8 @@ class ProgressReporter(FileReporter):
 
     def __exit__(self, *exception: object) -> None:
         self._bar.stop()
+        self._metrics.close()
+        self._log.close()
 
     def emit(self, kind: EventKind, **fields: Any) -> None:
         super().emit(kind, **fields)
