@@ -1,0 +1,218 @@
+"""What each filter says, in numbers. How the loop acts on it: test_scheduler."""
+
+from __future__ import annotations
+
+import math
+import random
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any
+
+import pytest
+
+from service.filters import FILTERS, default_filters
+from service.filters.artifact_size import (
+    PRIOR_RATIO,
+    ArtifactSize,
+    SizeForecast,
+    code_bytes,
+    raw_bytes,
+)
+from service.filters.divergence import Divergence
+from service.filters.duplicate import Duplicates
+from service.filters.step_time import StepTime
+from service.trial import TrialSpec
+from trainer.account import parameter_table
+from trainer.config import TrainConfig
+from trainer.recipes import RECIPES
+from trainer.report import TrainResult
+
+GOLF = RECIPES["golf_baseline"].build()
+TINY = RECIPES["tiny"].build()
+
+
+def spec_of(config: TrainConfig) -> TrialSpec:
+    return TrialSpec("s", 0, "tiny", {}, config, Path("/nowhere"))
+
+
+def result_of(**fields: Any) -> TrainResult:
+    common: dict[str, Any] = {"status": "finished", "steps": 100, "tokens": 1, "num_params": 1}
+    common |= {"world_size": 1, "device": "cpu", "phases": {}}
+    return TrainResult(**{**common, **fields})
+
+
+def steps(*points: tuple[int, float, float]) -> list[dict[str, Any]]:
+    return [
+        {"kind": "step", "step": step, "elapsed_s": elapsed, "train_loss": loss}
+        for step, elapsed, loss in points
+    ]
+
+
+def test_raw_bytes_of_the_baseline_by_hand() -> None:
+    """Small tensors: 9 layers of 2 scales, resid_mix (2 rows), 8 gains; 4 skips; all of width 512.
+    Large: embedding 1024 x 512, and per layer q, out 512 x 512, k, v 256 x 512, up, down."""
+    small = 9 * (4 * 512 + 8) + 4 * 512
+    large = 1024 * 512 + 9 * (2 * 512 * 512 + 2 * 256 * 512 + 2 * 1024 * 512)
+    rows = 1024 + 9 * (512 + 512 + 256 + 256 + 1024 + 512)
+    assert small + large == 17_059_912, "the published number of parameters"
+    assert raw_bytes(GOLF) == 2 * small + large + 2 * rows
+
+
+def test_raw_bytes_follow_the_bits() -> None:
+    six = GOLF.with_overrides({"quantize.scheme": "int6"})
+    embedding = 1024 * 512
+    mixed = six.with_overrides({"quantize.embed_bits": 8})
+    assert raw_bytes(mixed) - raw_bytes(six) == embedding * 2 / 8
+    floats = GOLF.with_overrides({"quantize.keep_float_max_numel": 10**9})
+    numel = sum(math.prod(shape) for shape in parameter_table(GOLF.model).values())
+    assert raw_bytes(floats) == 2 * numel
+
+
+def test_prior_covers_the_published_baseline() -> None:
+    forecast = ArtifactSize().forecast(GOLF)
+    published_model = 15_863_489 - 47_642
+    assert forecast.measured == 0
+    assert forecast.mean == pytest.approx(code_bytes() + PRIOR_RATIO * raw_bytes(GOLF))
+    assert forecast.quantile(0.05) < code_bytes() + published_model < forecast.quantile(0.95)
+
+
+def test_forecast_learns_ratio_and_spread_per_way_of_coding() -> None:
+    size = ArtifactSize()
+    before = size.forecast(GOLF)
+    ratios = [0.880, 0.884, 0.876, 0.882, 0.878, 0.880, 0.881, 0.879] * 5
+    for ratio in ratios:
+        size.learn(GOLF, result_of(bytes_model=round(ratio * raw_bytes(GOLF)), bytes_code=1))
+    after = size.forecast(GOLF)
+    assert after.measured == 40
+    assert (after.mean - code_bytes()) / raw_bytes(GOLF) == pytest.approx(0.8824, abs=1e-3)
+    assert after.spread < before.spread / 2
+    deeper = GOLF.with_overrides({"model.num_layers": 12})
+    assert size.forecast(deeper).measured == 40, "the ratio carries over to other shapes"
+    six = GOLF.with_overrides({"quantize.scheme": "int6"})
+    assert size.forecast(six).measured == 0, "but not to another way of coding"
+
+
+def test_forecast_interval_holds_what_it_says() -> None:
+    """Ratios drawn from a known distribution: the 90 % interval holds about 90 % of the next."""
+    dice = random.Random(0)
+    inside, total = 0, 400
+    for _ in range(total):
+        mean = dice.gauss(0.93, 0.05)
+        size = ArtifactSize()
+        for _ in range(10):
+            ratio = dice.gauss(mean, 0.01)
+            size.learn(GOLF, result_of(bytes_model=int(ratio * raw_bytes(GOLF)), bytes_code=1))
+        forecast = size.forecast(GOLF)
+        truth = code_bytes() + dice.gauss(mean, 0.01) * raw_bytes(GOLF)
+        inside += forecast.quantile(0.05) < truth < forecast.quantile(0.95)
+    assert 0.85 < inside / total <= 1.0
+
+
+def test_probability_over_the_cap_against_the_normal_distribution() -> None:
+    forecast = SizeForecast(mean=15.9e6, spread=1e5, measured=3)
+    assert forecast.probability_over(16e6) == pytest.approx(1 - NormalDist().cdf(1.0))
+    assert forecast.quantile(0.5) == 15_900_000
+
+
+@pytest.mark.parametrize(("limit", "ok"), [(0.5, False), (0.99, True)])
+def test_limit_decides_what_is_launched(limit: float, ok: bool) -> None:
+    size = ArtifactSize(limit)
+    cap = round(size.forecast(TINY).quantile(0.10))  # over it with probability 0.9
+    verdict = size.before_launch(spec_of(TINY.with_overrides({"budget.artifact_bytes": cap})))
+    assert verdict is not None
+    assert (verdict.ok, verdict.predicted, verdict.bound) == (ok, True, cap)
+    assert "over it with probability 0.90" in verdict.reason
+    assert (verdict.excess <= 0) == ok
+
+
+def test_no_cap_no_verdict() -> None:
+    free = TINY.with_overrides({"budget.artifact_bytes": None, "budget.eval_seconds": None})
+    result = result_of(bytes_code=1, bytes_model=10**9, val_bpb=1.0, phases={"train": 1.0})
+    for judge in default_filters():
+        for verdict in (
+            judge.before_launch(spec_of(free)),
+            judge.while_running(spec_of(free), steps((1, 0.1, 6.0), (40, 1.0, 5.0))),
+            judge.after_finish(spec_of(free), result),
+        ):
+            assert verdict is None or verdict.name == "train_seconds"
+
+
+def test_size_forecast_against_real_packing() -> None:
+    """Untrained weights through the real quantiser and codec: the prior's interval holds them."""
+    torch = pytest.importorskip("torch")
+    from trainer.artifact import encode
+    from trainer.quantize import quantize
+
+    torch.manual_seed(0)
+    state = {name: torch.randn(shape) * 0.05 for name, shape in parameter_table(TINY.model).items()}
+    blob = encode(quantize(state, TINY.quantize), TINY)
+    forecast = ArtifactSize().forecast(TINY)
+    assert forecast.quantile(0.01) < code_bytes() + len(blob) < forecast.quantile(0.99)
+
+
+def test_step_time_forecast_is_marginal_and_tolerant() -> None:
+    spec = spec_of(TINY.with_overrides({"budget.train_seconds": 100.0, "budget.min_steps": 100}))
+    judge = StepTime()
+    cold_start = steps((1, 9.0, 6.0), (11, 18.0, 5.0))  # 0.9 s a step after a slow first one
+    assert judge.while_running(spec, cold_start) is None, "11 + 82 / 0.9 = 102 steps fit"
+    slow = steps((1, 1.0, 6.0), (11, 21.0, 5.0))  # 2 s a step
+    verdict = judge.while_running(spec, slow)
+    assert verdict is not None
+    assert (verdict.value, verdict.bound, verdict.ok) == (round(11 + 79 / 2), 100, False)
+    nearly = steps((1, 1.0, 6.0), (11, 11.9, 5.0))  # 91.8 steps: within the tolerance
+    assert judge.while_running(spec, nearly) is None
+
+
+def test_step_time_waits_for_ten_steps_or_a_quarter_of_the_budget() -> None:
+    spec = spec_of(TINY.with_overrides({"budget.train_seconds": 100.0, "budget.min_steps": 100}))
+    judge = StepTime()
+    assert judge.while_running(spec, steps((1, 5.0, 6.0), (4, 20.0, 5.0))) is None
+    assert judge.while_running(spec, steps((1, 5.0, 6.0), (5, 25.0, 5.0))) is not None
+    assert judge.while_running(spec, steps((1, 50.0, 6.0))) is None
+
+
+def test_step_time_never_asks_for_more_than_max_steps() -> None:
+    changes = {"budget.train_seconds": 100.0, "budget.min_steps": 100, "budget.max_steps": 15}
+    spec = spec_of(TINY.with_overrides(changes))
+    assert StepTime().while_running(spec, steps((1, 1.0, 6.0), (11, 41.0, 5.0))) is None
+    measured = StepTime().after_finish(spec, result_of(steps=15))
+    assert measured is not None and measured.ok and not measured.predicted
+
+
+def test_divergence_counts_null_as_nan() -> None:
+    """A JSON writer turned nan into null."""
+    record = {"kind": "step", "step": 7, "elapsed_s": 1.0, "train_loss": None}
+    verdict = Divergence().while_running(spec_of(TINY), [record])
+    assert verdict is not None and not verdict.ok
+    assert math.isfinite(verdict.value)
+
+
+def test_divergence_compares_with_guessing_and_with_the_past() -> None:
+    judge, guess = Divergence(), math.log(512)
+
+    def judged(*losses: float) -> float | None:
+        records = steps(*((step, 0.1 * step, loss) for step, loss in enumerate(losses)))
+        verdict = judge.while_running(spec_of(TINY), records)
+        return None if verdict is None else verdict.bound
+
+    assert judged(guess + 2, guess + 2) is None, "three records are needed"
+    assert judged(guess + 2, guess + 2, guess + 2) == pytest.approx(guess + 1)
+    assert judged(5.0, 3.0, 4.1, 4.2, 4.05) == pytest.approx(4.0)
+    assert judged(5.0, 3.0, 4.1, 3.9, 4.05) is None
+
+
+def test_duplicates_belong_to_their_first_claimer_until_it_fails() -> None:
+    duplicates = Duplicates()
+    assert duplicates.claim("a", 0) is None
+    assert duplicates.claim("a", 0) is None
+    assert duplicates.claim("a", 1) == 0
+    duplicates.release("a", 1)
+    assert duplicates.claim("a", 1) == 0, "only the owner can let go"
+    duplicates.release("a", 0)
+    assert duplicates.claim("a", 1) is None
+
+
+def test_every_filter_of_the_table_is_in_the_default() -> None:
+    assert [type(judge) for judge in default_filters()] == [
+        type(make()) for make in FILTERS.values()
+    ]

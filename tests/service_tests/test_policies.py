@@ -1,0 +1,70 @@
+"""The small decisions."""
+
+import pytest
+
+from service.policies import (
+    AfterFailure,
+    Ending,
+    Policy,
+    Streak,
+    after_failure,
+    ending,
+    is_overdue,
+    num_to_launch,
+    should_report,
+)
+from service.tracking.outcome import FAILED, FEASIBLE, REJECTED
+from trainer.config import BudgetConfig
+
+POLICY = Policy(max_attempts=2, max_rejections=3, max_failures=2, overhead_s=100)
+
+
+@pytest.mark.parametrize(
+    ("num_trials", "told", "in_flight", "free_slots", "expected"),
+    [(10, 0, 0, 2, 2), (10, 9, 0, 2, 1), (10, 8, 2, 2, 0), (10, 12, 0, 2, 0), (10, 0, 0, 0, 0)],
+)
+def test_num_to_launch(
+    num_trials: int, told: int, in_flight: int, free_slots: int, expected: int
+) -> None:
+    assert num_to_launch(num_trials, told, in_flight, free_slots) == expected
+
+
+def test_after_failure() -> None:
+    assert after_failure(1, POLICY) is AfterFailure.RETRY
+    assert after_failure(2, POLICY) is AfterFailure.GIVE_UP
+
+
+def test_a_streak_counts_equal_verdicts_in_a_row() -> None:
+    streak = Streak()
+    for verdict in (REJECTED, REJECTED, FEASIBLE, REJECTED):
+        streak = streak.after(verdict)
+    assert streak == Streak(REJECTED, 1)
+    assert streak.after(REJECTED) == Streak(REJECTED, 2)
+
+
+@pytest.mark.parametrize(
+    ("told", "streak", "expected"),
+    [
+        (10, Streak(), Ending.ENOUGH),
+        (9, Streak(REJECTED, 2), None),
+        (9, Streak(REJECTED, 3), Ending.ALL_REJECTED),
+        (9, Streak(FAILED, 1), None),
+        (9, Streak(FAILED, 2), Ending.ALL_FAILED),
+        (9, Streak(FEASIBLE, 99), None),
+    ],
+)
+def test_ending(told: int, streak: Streak, expected: Ending | None) -> None:
+    assert ending(told, 10, streak, POLICY) is expected
+
+
+def test_is_overdue_needs_both_budgets() -> None:
+    budget = BudgetConfig(train_seconds=8, eval_seconds=30)
+    assert not is_overdue(budget, 138, POLICY)
+    assert is_overdue(budget, 138.1, POLICY)
+    assert not is_overdue(BudgetConfig(train_seconds=None), 1e9, POLICY)
+
+
+def test_should_report() -> None:
+    assert should_report(0, float("inf"), POLICY)
+    assert not should_report(0, POLICY.report_every_s / 2, POLICY)
+    assert not should_report(POLICY.reports_per_trial, 1e9, POLICY)
