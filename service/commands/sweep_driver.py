@@ -96,17 +96,16 @@ def drive(plan: Plan, study: optuna.Study) -> bool:
     from service.policies import Ending
 
     live = LiveTable(messages())
-    with _log_to(live):
+    with _log_to(live), StopSignals() as signals:
         say(f"study {plan.name}: starting {plan.settings.runner}")
         scheduler = _make_scheduler(plan, study, live)
+        signals.are_heard = True
         try:
-            with StopSignals() as signals, live:
+            with live:
                 _loop(scheduler, signals, live, plan.settings.grace_seconds)
                 live.say("ending: stopping workers and mirroring")
-                scheduler.close()
-        except BaseException:
+        finally:
             scheduler.close()
-            raise
     fine = (Ending.ENOUGH.value, Ending.REQUESTED.value)
     if scheduler.ending is not None and scheduler.ending not in fine:
         live.say(f"error: {scheduler.ending}", "red")
@@ -193,7 +192,7 @@ def mirror_leftovers(plan: Plan) -> None:
 
 def _loop(scheduler: Scheduler, signals: StopSignals, live: LiveTable, grace_s: float) -> None:
     shown, obeyed = 0.0, 0
-    while scheduler.step():
+    while True:
         if signals.count > obeyed:
             obeyed = signals.count
             now = obeyed > 1
@@ -203,6 +202,8 @@ def _loop(scheduler: Scheduler, signals: StopSignals, live: LiveTable, grace_s: 
                 if now
                 else f"stopping: running trials have {grace_s:g} s to finish; once more stops now"
             )
+        if not scheduler.step():
+            return
         if time.monotonic() - shown >= SHOW_EVERY_S:
             live.show(scheduler.status())
             shown = time.monotonic()
@@ -210,10 +211,16 @@ def _loop(scheduler: Scheduler, signals: StopSignals, live: LiveTable, grace_s: 
 
 
 class StopSignals:
-    """Counts SIGINT and SIGTERM instead of dying of them."""
+    """Counts SIGINT and SIGTERM instead of dying of them.
+
+    While the cluster starts, nobody looks at the count: the first signal takes effect right after,
+    the second one interrupts the start.
+    """
 
     def __init__(self) -> None:
         self.count = 0
+        self.are_heard = False
+        """Whether somebody looks at the count."""
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
@@ -227,6 +234,8 @@ class StopSignals:
 
     def _note(self, number: int, frame: object) -> None:
         self.count += 1
+        if not self.are_heard and self.count > 1:
+            raise KeyboardInterrupt
 
 
 class _LiveHandler(logging.Handler):

@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from service.tracking.curve import write_curve
 from service.tracking.outbox import (
     Entry,
     Progress,
@@ -142,6 +143,7 @@ class MlflowMirror:
             },
         )
         self._client.log_batch(run_id, metrics=_final_metrics(entry))
+        curve = write_curve(folder, run_name(entry))
         names = (
             files.config,
             files.provenance,
@@ -150,6 +152,7 @@ class MlflowMirror:
             files.verdicts,
             files.result,
             files.artifact,
+            *([curve] if curve is not None else []),
         )
         for file in names:
             if file.exists():

@@ -152,7 +152,7 @@ def test_a_study_is_mirrored_whole(tmp_path: Path, database: str) -> None:
     assert pruned.data.tags["verdict"] == "rejected before launch"
     assert pruned.info.status == "KILLED"
     files = {file.path for file in client.list_artifacts(done.info.run_id)}
-    assert files == {"config.json", "metrics.jsonl", "train.log", "artifact.bin"}
+    assert files == {"config.json", "metrics.jsonl", "train.log", "artifact.bin", "curve.svg"}
     copy = client.download_artifacts(done.info.run_id, "artifact.bin", str(tmp_path))
     assert Path(copy).read_bytes() == b"\x00\x01packed"
 
