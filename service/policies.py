@@ -26,7 +26,7 @@ class Policy:
     """Trials failed in a row that end a sweep."""
     storage_patience_s: float = 300.0
     """A storage that is away for longer ends the sweep."""
-    asks_per_step: int = 8
+    asks_per_step: int = 4
     """Proposals looked at in one step of the scheduler, so that it stays responsive."""
     reports_per_trial: int = 50
     """Intermediate values written to the storage for one trial, at most."""

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import optuna
+from optuna.trial import TrialState
 
 from service.runners.base import RunState, Update
 from service.status import RunningTrial
 from service.trial import TrialSpec, Verdict
+from trainer.report import TrainResult
 
 
 @dataclass
@@ -62,9 +64,28 @@ class Run:
             elif event["kind"] == "phase" and event["name"] == "train":
                 self.trained_until = event["time"]
 
+    def again(self) -> Run:
+        """The next attempt of the same trial."""
+        spec = replace(self.spec, attempt=self.spec.attempt + 1)
+        forecasts = {name: verdict for name, verdict in self.verdicts.items() if verdict.predicted}
+        return Run(
+            spec,
+            self.trial,
+            self.asked_at,
+            verdicts=forecasts,
+            last_reported_step=self.last_reported_step,
+        )
+
     def judge(self, verdicts: Iterable[Verdict]) -> None:
         """Keep verdicts, later over earlier."""
         self.verdicts.update({verdict.name: verdict for verdict in verdicts})
+
+    def spent_and_saved(self, state: TrialState, result: TrainResult | None) -> tuple[float, float]:
+        """Seconds of the training budget that were used, and those that an early end left."""
+        spent_s = self.trained_s if result is None else result.phases.get("train", 0.0)
+        budget_s = self.spec.config.budget.train_seconds or 0.0
+        saved_s = max(0.0, budget_s - spent_s) if state == TrialState.PRUNED else 0.0
+        return spent_s, saved_s
 
     def timings(self, now: float) -> dict[str, float]:
         """What the service itself costs a trial, in seconds, as far as it is known."""

@@ -15,7 +15,6 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,23 +25,20 @@ from search_spaces import Space
 from search_spaces.tracks import TRACKS, Track
 from service.errors import RunnerError, StorageError, StudyBusyError
 from service.filters import Filter
-from service.filters.divergence import has_finite_loss, not_finite
 from service.filters.duplicate import Duplicates
-from service.filters.memory import out_of_memory
+from service.judge import Judge
 from service.lease import DriverLease
+from service.policies import Ending as SweepEnding
 from service.policies import (
-    AfterFailure,
     Policy,
     Streak,
-    after_failure,
     ending,
     is_overdue,
     num_to_launch,
     should_report,
 )
-from service.policies import Ending as SweepEnding
 from service.run import Run
-from service.runners.base import Demand, Runner, RunState
+from service.runners.base import Demand, Runner, RunState, Update
 from service.status import RunningTrial, SweepStatus, status_of
 from service.study import (
     STORAGE_FAULTS,
@@ -53,11 +49,10 @@ from service.study import (
     requeue,
     stop_grace,
 )
+from service.teller import Teller
 from service.tracking.base import Tracker
-from service.trial import TrialSpec, Verdict
-from service.trial_book import Ending, TrialBook, note_stop, stop_verdict
+from service.trial_book import Ending, TrialBook, note_stop
 from trainer.config import BudgetConfig
-from trainer.report import TrainResult
 
 logger = logging.getLogger(__name__)
 LOOK_FOR_STOP_S = 1.0
@@ -115,10 +110,11 @@ class Scheduler:
         self._space = space
         self._runner = runner
         self._trackers = list(trackers)
-        self._filters = list(filters)
+        self._judge = Judge(filters)
         self._demand = demand
         self._num_trials = num_trials
         self._policy = policy or Policy()
+        self._teller = Teller(self._judge, self._policy, demand)
         self._clock = clock
         self._lease = DriverLease(study, clock)
         self._book = TrialBook(
@@ -147,7 +143,8 @@ class Scheduler:
         self._storage_away_since: float | None = None
         self._in_order = False
         """Whether the storage holds nothing RUNNING that this driver does not know."""
-        self._has_caught_up = False
+        self._remembered: set[int] = set()
+        """Trials told by earlier drivers that this one has taken in."""
         self._is_ousted = False
         forget_stop(study)
         study.set_user_attr("num_trials", num_trials)
@@ -274,13 +271,13 @@ class Scheduler:
         run = Run(spec, trial, asked_at, last_reported_step=last_step(self._study, trial))
         if fault is None and self._has_owner(run):
             return
-        verdicts = [fault] if fault is not None else self._judge_launch(spec)
+        verdicts = [fault] if fault is not None else self._judge.before_launch(spec)
         run.judge(verdicts)
         self._book.open(spec, trial, verdicts)
         if all(verdict.ok for verdict in verdicts):
             self._ready.append(run)
         else:
-            self._end(run, TrialState.PRUNED)
+            self._tell(run, self._teller.rejection(run, self._clock()))
 
     def _has_owner(self, run: Run) -> bool:
         """Whether the proposal equals an earlier trial; then it is told again or parked."""
@@ -299,7 +296,7 @@ class Scheduler:
             earlier = frozen_trials(self._study)[owner]
             digest = run.spec.config.digest()
             if owner in self._told and self._book.folder(owner).verdicts.exists():
-                self._finish_book(run, self._book.copy_end(run.spec, earlier))
+                self._tell(run, self._book.copy_end(run.spec, earlier))
             else:
                 self._duplicates.release(digest, owner)
                 heir = self._duplicates.claim(digest, run.number)
@@ -309,10 +306,6 @@ class Scheduler:
                 self._ready.append(run)
             del self._parked[run.number]
 
-    def _judge_launch(self, spec: TrialSpec) -> list[Verdict]:
-        judged = (judge.before_launch(spec) for judge in self._filters)
-        return [verdict for verdict in judged if verdict is not None]
-
     def _launch_ready(self) -> None:
         while self._ready and self._runner.free_slots(self._demand) > 0:
             run = self._ready.popleft()
@@ -321,7 +314,7 @@ class Scheduler:
             try:
                 self._runner.submit(run.spec, self._demand)
             except RunnerError as error:
-                self._failed(run, str(error))
+                self._conclude(run, Update(RunState.FAILED, error=str(error)))
                 return
             self._running[run.number] = run
 
@@ -337,15 +330,7 @@ class Scheduler:
             if run.final is None:
                 self._watch(run, judge=bool(update.events))
                 return
-        update = run.final
-        if update.state is RunState.FINISHED:
-            assert update.result is not None, "a finished run has a result"
-            self._finished(run, update.result)
-        elif update.state is RunState.OUT_OF_MEMORY:
-            run.judge([out_of_memory(update.error or "")])
-            self._end(run, TrialState.PRUNED)
-        else:
-            self._failed(run, update.error or "the run ended without a word")
+        self._conclude(run, run.final)
 
     def _report(self, run: Run) -> None:
         """An intermediate value now and then, so that the dashboard has curves."""
@@ -362,97 +347,48 @@ class Scheduler:
     def _watch(self, run: Run, judge: bool) -> None:
         """Judge a run that goes on; end it when it must."""
         now = self._clock()
+        running_s = now - run.submitted_at
         if run.stop_by is not None:
             if now >= run.stop_by:
-                self._runner.cancel(run.number)
-                self._stopped(run)
-        elif is_overdue(run.spec.config.budget, now - run.submitted_at, self._policy):
-            self._runner.cancel(run.number)
-            self._failed(run, f"cancelled: no result {now - run.submitted_at:.0f} s after launch")
+                self._cancel(run, "did not stop when asked")
+        elif is_overdue(run.spec.config.budget, running_s, self._policy):
+            self._cancel(run, f"cancelled: no result {running_s:.0f} s after launch")
         elif judge:
             self._judge_running(run)
 
     def _judge_running(self, run: Run) -> None:
-        for judge in self._filters:
-            verdict = judge.while_running(run.spec, run.steps)
-            if verdict is None:
-                continue
-            run.judge([verdict])
-            if not verdict.ok:
-                note_stop(run.trial, verdict)
-                run.stop_by = self._clock() + self._policy.stop_grace_s
-                self._runner.request_stop(run.number, verdict.reason)
-                return
+        verdicts, broken = self._judge.while_running(run.spec, run.steps)
+        run.judge(verdicts)
+        if broken is not None:
+            note_stop(run.trial, broken)
+            run.stop_by = self._clock() + self._policy.stop_grace_s
+            self._runner.request_stop(run.number, broken.reason)
 
-    def _finished(self, run: Run, result: TrainResult) -> None:
-        if result.status == "stopped":
-            self._stopped(run, result)
+    def _cancel(self, run: Run, error: str) -> None:
+        self._runner.cancel(run.number)
+        run.final = Update(RunState.FAILED, error=error)
+        self._conclude(run, run.final)
+
+    def _conclude(self, run: Run, update: Update) -> None:
+        """A run is over: tell the trial, or try it again."""
+        end = self._teller.ending_of(run, update, self._clock())
+        if end is not None:
+            self._tell(run, end)
             return
-        for judge in self._filters:
-            measured = judge.after_finish(run.spec, result)
-            if measured is not None:
-                run.judge([measured])
-            judge.learn(run.spec.config, result)
-        scored = result.val_bpb is not None and math.isfinite(result.val_bpb)
-        self._end(run, TrialState.COMPLETE if scored else TrialState.PRUNED, result)
+        again = run.again()
+        error = update.error or "no reason given"
+        self._book.retry(again.spec, run.trial, error, self._teller.units(run.trained_s))
+        self._running.pop(run.number, None)
+        self._ready.append(again)
 
-    def _stopped(self, run: Run, result: TrainResult | None = None) -> None:
-        reason = (result and result.stop_reason) or "stopped without a reason"
-        verdict = stop_verdict(run.trial)
-        if verdict is None and result is not None and not has_finite_loss(result):
-            verdict = not_finite(reason)
-        if verdict is None:
-            self._failed(run, f"stopped from outside: {reason}")
-            return
-        run.judge([verdict])
-        self._end(run, TrialState.PRUNED, result)
-
-    def _failed(self, run: Run, error: str) -> None:
-        if stop_verdict(run.trial) is not None:
-            self._stopped(run)
-        elif after_failure(run.spec.attempt, self._policy) is AfterFailure.GIVE_UP:
-            self._duplicates.release(run.spec.config.digest(), run.number)
-            self._end(run, TrialState.FAIL, error=error)
-        else:
-            again = Run(replace(run.spec, attempt=run.spec.attempt + 1), run.trial, run.asked_at)
-            again.judge(verdict for verdict in run.verdicts.values() if verdict.predicted)
-            again.last_reported_step = run.last_reported_step
-            self._book.retry(again.spec, run.trial, error, self._units(run.trained_s))
-            self._running.pop(run.number, None)
-            self._ready.append(again)
-
-    def _end(
-        self,
-        run: Run,
-        state: TrialState,
-        result: TrainResult | None = None,
-        error: str | None = None,
-    ) -> None:
-        trained_s = run.trained_s if result is None else result.phases.get("train", 0.0)
-        budget_s = run.spec.config.budget.train_seconds or 0.0
-        saved_s = max(0.0, budget_s - trained_s) if state == TrialState.PRUNED else 0.0
-        end = Ending(
-            state=state,
-            verdicts=tuple(run.verdicts.values()),
-            result=result,
-            value=result.val_bpb if result and state == TrialState.COMPLETE else None,
-            error=error,
-            spent_s=self._units(trained_s),
-            saved_s=self._units(saved_s),
-            timings=run.timings(self._clock()),
-        )
-        self._finish_book(run, end)
-
-    def _finish_book(self, run: Run, end: Ending) -> None:
+    def _tell(self, run: Run, end: Ending) -> None:
         verdict = self._book.close(run.spec, run.trial, end)
         self._running.pop(run.number, None)
         self._streak = self._streak.after(verdict)
-        if end.state != TrialState.FAIL:
+        if end.state == TrialState.FAIL:
+            self._duplicates.release(run.spec.config.digest(), run.number)
+        else:
             self._told.add(run.number)
-
-    def _units(self, seconds: float) -> float:
-        """Seconds of a trial in GPU-seconds, or in worker-seconds where there is no GPU."""
-        return seconds * self._demand.workers * (self._demand.gpus_per_worker or 1)
 
     # --- beginnings and ends ----------------------------------------------------------------
 
@@ -462,44 +398,34 @@ class Scheduler:
         for trial in frozen_trials(self._study):
             if trial.state in (TrialState.COMPLETE, TrialState.PRUNED):
                 self._told.add(trial.number)
-            if trial.state.is_finished() and not self._has_caught_up:
+            if trial.state.is_finished() and trial.number not in self._remembered:
                 self._remember(trial)
-        self._has_caught_up = True
         for trial in frozen_trials(self._study, TrialState.RUNNING):
             if trial.number not in known:
-                self._adopt(trial)
+                spec, _ = self._book.specify(trial.number, trial.params)
+                self._leave_or_tell(Run(spec, live_trial(self._study, trial.number)))
         self._in_order = True
 
     def _remember(self, trial: FrozenTrial) -> None:
+        """Take in a trial that an earlier driver told."""
+        self._remembered.add(trial.number)
         self._book.catch_up(trial)
         digest = trial.user_attrs.get("digest")
         if digest is not None and trial.state != TrialState.FAIL:
             self._duplicates.claim(digest, trial.number)
         run = self._book.read_run(trial.number)
         if run is not None and trial.state == TrialState.COMPLETE:
-            for judge in self._filters:
-                judge.learn(*run)
+            self._judge.learn(*run)
 
-    def _adopt(self, trial: FrozenTrial) -> None:
-        """A trial that a dead driver left RUNNING."""
-        folder = self._book.folder(trial.number)
-        decided = [verdict for verdict in folder.read_verdicts() if not verdict.ok]
-        result = folder.read_result()
-        live = live_trial(self._study, trial.number)
-        run = Run(self._book.specify(trial.number, trial.params)[0], live)
-        run.judge(folder.read_verdicts())
-        if result is not None and self._is_an_end(live, result):
-            self._finished(run, result)
-        elif decided:
-            self._end(run, TrialState.PRUNED)
-        else:
-            requeue(self._study, trial.number)
-
-    def _is_an_end(self, trial: optuna.Trial, result: TrainResult) -> bool:
-        """Whether a result says something of the trial, not of a driver that went away."""
-        if result.status == "finished" or stop_verdict(trial) is not None:
-            return True
-        return not has_finite_loss(result)
+    def _leave_or_tell(self, run: Run) -> None:
+        """A trial that nobody runs any more: tell what is known, else put it into the queue."""
+        end = self._teller.ending_left_behind(run, self._clock())
+        if end is not None:
+            self._tell(run, end)
+            return
+        self._book.note_spent(run.trial, self._teller.units(run.trained_s))
+        requeue(self._study, run.number)
+        self._running.pop(run.number, None)
 
     def _wind_down(self, deadline: float) -> None:
         for run in self._everything():
@@ -515,13 +441,7 @@ class Scheduler:
         for run in list(self._running.values()):
             if run.final is None:
                 self._runner.cancel(run.number)
-            result = self._book.folder(run.number).read_result()
-            if result is not None and self._is_an_end(run.trial, result):
-                self._finished(run, result)
-                continue
-            self._book.note_spent(run.trial, self._units(run.trained_s))
-            requeue(self._study, run.number)
-            del self._running[run.number]
+            self._leave_or_tell(run)
         self._wind_down(math.inf)
 
     def _everything(self) -> list[Run]:

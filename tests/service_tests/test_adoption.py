@@ -183,3 +183,17 @@ def test_sigkill_again_and_again(tmp_path: Path) -> None:
         if trial.state.name == "COMPLETE":
             expected = 3.0 - 0.1 * trial.params["model.num_layers"]
             assert trial.value == pytest.approx(expected)
+
+
+def test_a_stop_that_the_dead_driver_had_decided_stands(tmp_path: Path) -> None:
+    first = Sweep(tmp_path, script, space=plain_space(3), num_trials=1)
+    first.runner._script = lambda spec: FakeRun(loss=lambda progress: 9.0, ignores_stop=True)
+    first.steps(16)
+    assert first.scheduler.status().running[0].state == "stopping"
+    bury(first.study)
+    second = Sweep(tmp_path, [], space=plain_space(3), num_trials=1, start_at=1000)
+    second.run()
+    (trial,) = second.trials()
+    assert trial.state.name == "PRUNED"
+    assert trial.user_attrs["verdict"] == "stopped while running"
+    assert trial.constraints["divergence"] > 0

@@ -463,3 +463,21 @@ def test_status_has_the_contract_and_the_numbers(tmp_path: Path) -> None:
     assert 0 < seconds["saved_while_running"] < 16
     assert seconds["unit"] == "worker-seconds"
     assert json.loads(json.dumps(status)) == status
+
+
+def test_what_was_measured_before_the_stop_arrived_counts(tmp_path: Path) -> None:
+    late = replace(GOOD, loss=lambda p: 9.0 if p > 0.8 else 5.0, ignores_stop=True)
+    sweep = Sweep(tmp_path, [late], space=plain_space(3), num_trials=1)
+    sweep.run()
+    (trial,) = sweep.trials()
+    assert trial.user_attrs["stop_verdict"]["name"] == "divergence"
+    assert (trial.state.name, trial.user_attrs["verdict"]) == ("COMPLETE", "feasible")
+    assert "divergence" not in trial.constraints
+
+
+def test_closing_twice_is_harmless(tmp_path: Path) -> None:
+    sweep = Sweep(tmp_path, by_depth, num_trials=2)
+    sweep.steps(3)
+    sweep.scheduler.close()
+    sweep.scheduler.close()
+    assert "RUNNING" not in sweep.states()
