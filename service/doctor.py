@@ -11,6 +11,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from service.config import mask_passwords
+
 OLDEST_PYTHON = (3, 11)
 OLDEST_TORCH = (2, 11)
 FREE_DISK_BYTES = 2_000_000_000
@@ -147,26 +149,28 @@ def check_storage(url: str) -> Finding:
             return Finding("storage", True, f"{url}: made by the first sweep")
     import optuna
 
+    shown = mask_passwords(url)
     try:
         names = optuna.get_all_study_names(storage=url)
     except Exception as error:
-        detail = f"{url}: {str(error).splitlines()[0]}"
+        detail = f"{shown}: {mask_passwords(str(error)).splitlines()[0]}"
         return Finding("storage", False, detail, "check --storage and that its server is up")
-    return Finding("storage", True, f"{url}: {len(names)} studies")
+    return Finding("storage", True, f"{shown}: {len(names)} studies")
 
 
 def check_tracking(uri: str) -> Finding:
     """MLflow's server answers; a SQLite file needs no server."""
+    shown = mask_passwords(uri)
     if not uri.startswith(("http://", "https://")):
-        return Finding("tracking", True, f"{uri}: needs no server")
+        return Finding("tracking", True, f"{shown}: needs no server")
     import urllib.request
 
     try:
         with urllib.request.urlopen(uri.rstrip("/") + "/health", timeout=5) as answer:
-            return Finding("tracking", answer.status == 200, f"{uri}: answers {answer.status}")
+            return Finding("tracking", answer.status == 200, f"{shown}: answers {answer.status}")
     except OSError as error:
         remedy = "start it (`caddie ui` shows how) or drop --tracking-uri; sweeps run without it"
-        return Finding("tracking", False, f"{uri}: {error}", remedy)
+        return Finding("tracking", False, f"{shown}: {error}", remedy)
 
 
 def check_ray(address: str | None) -> Finding:

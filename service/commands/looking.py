@@ -14,7 +14,6 @@ from service.commands.terminal import (
     number,
     output,
     print_json,
-    say,
 )
 from service.config import ServiceSettings, load_settings
 from service.tracking.settings_text import describe_settings
@@ -112,7 +111,12 @@ def ui(
         open_storage(settings.storage_url)
     root = artifact_root(settings) or ""
     serve(
-        settings.storage_url, tracking_uri(settings), root, study_id, settings.out.absolute(), say
+        settings.storage_url,
+        tracking_uri(settings),
+        root,
+        study_id,
+        settings.out.absolute(),
+        output().print,
     )
 
 

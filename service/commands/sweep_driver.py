@@ -18,7 +18,7 @@ from service.commands.data import data_for
 from service.commands.recipe_config import settings as overrides_from
 from service.commands.study_files import artifact_root, study_dir, tracking_uri
 from service.commands.terminal import messages, named, say
-from service.config import ServiceSettings
+from service.config import ServiceSettings, mask_passwords
 from service.errors import UsageError
 
 if TYPE_CHECKING:
@@ -183,7 +183,7 @@ def mirror_leftovers(plan: Plan) -> None:
     from service.tracking.outbox import unsent_folders
 
     folder, uri = study_dir(plan.settings, plan.name), tracking_uri(plan.settings)
-    if folder.exists() and unsent_folders(folder, uri):
+    if folder.exists() and unsent_folders(folder, mask_passwords(uri)):
         say("mirroring to MLflow what is not there yet")
         MlflowTracker(plan.name, folder, uri, artifact_root(plan.settings), warn=say).close(
             MIRROR_GRACE_S

@@ -67,10 +67,11 @@ def draw_curve(
 def _points(records: Sequence[dict[str, Any]], kind: str, field: str) -> list[tuple[float, float]]:
     found = []
     for record in records:
-        step, loss = record.get("step"), record.get(field)
-        is_whole = isinstance(step, int) and isinstance(loss, int | float)
-        if record["kind"] == kind and is_whole and math.isfinite(loss):
-            found.append((float(step), float(loss)))
+        if record["kind"] != kind or record.get(field) is None:
+            continue
+        step, loss = float(record["step"]), float(record[field])
+        if math.isfinite(loss):
+            found.append((step, loss))
     return found
 
 

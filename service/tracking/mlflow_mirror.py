@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from service.config import mask_passwords
 from service.tracking.curve import write_curve
 from service.tracking.outbox import (
     Entry,
@@ -83,7 +84,7 @@ class MlflowMirror:
     ) -> None:
         from mlflow.tracking import MlflowClient
 
-        self.tracking_uri = tracking_uri
+        self.target = mask_passwords(tracking_uri)
         self._study = study
         self._study_id = study_id
         self._artifact_root = artifact_root
@@ -93,10 +94,10 @@ class MlflowMirror:
 
     def sync(self, folder: Path, entry: Entry) -> Progress:
         """Send what the server lacks of one trial; raises whatever MLflow raises."""
-        progress = read_progress(folder, self.tracking_uri)
+        progress = read_progress(folder, self.target)
         if progress.launch != entry.launch:
             self._drop_earlier(entry)
-            progress = Progress(target=self.tracking_uri, launch=entry.launch)
+            progress = Progress(target=self.target, launch=entry.launch)
         if progress.finished:
             return progress
         run_id = progress.run_id or self._child_run(folder, entry)

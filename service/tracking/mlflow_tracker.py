@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from service.config import mask_passwords
 from service.tracking.mlflow_mirror import MlflowMirror
 from service.tracking.outbox import (
     close_entry,
@@ -27,6 +28,7 @@ from service.tracking.outbox import (
 from service.trial import TrialSpec, Verdict
 from trainer.report import TrainResult
 
+MAX_ERROR_CHARS = 160
 Warn = Callable[[str], None]
 
 
@@ -61,13 +63,14 @@ class MlflowTracker:
         self._study = study
         self._study_id = _study_id(study_dir)
         self._uri = tracking_uri
+        self._shown_uri = mask_passwords(tracking_uri)
         self._artifact_root = artifact_root
         self._warn = warn
         self._interval_s = interval_s
         self._max_backoff_s = max_backoff_s
         self._mirror: MlflowMirror | None = None
         self._lock = threading.Lock()
-        self._pending = dict.fromkeys(unsent_folders(study_dir, tracking_uri), 0)
+        self._pending = dict.fromkeys(unsent_folders(study_dir, self._shown_uri), 0)
         """Folder -> failed attempts."""
         self._wake = threading.Event()
         self._closing = threading.Event()
@@ -98,8 +101,8 @@ class MlflowTracker:
         left = self.unsent_trials()
         if left:
             self._warn(
-                f"MLflow at {self._uri}: {left} trial{'s are' if left > 1 else ' is'} not mirrored "
-                "yet; nothing is lost, the next `caddie sweep run` of this study sends the rest"
+                f"MLflow at {self._shown_uri}: {left} trial{'s are' if left > 1 else ' is'} not "
+                "mirrored yet; nothing is lost, the next `caddie sweep run` of this study sends the rest"
             )
 
     def unsent_trials(self) -> int:
@@ -141,7 +144,7 @@ class MlflowTracker:
             return False
         if self._down:
             self._down = False
-            self._warn(f"MLflow at {self._uri} is back; mirroring goes on")
+            self._warn(f"MLflow at {self._shown_uri} is back; mirroring goes on")
         return True
 
     def _pass(self, mirror: MlflowMirror) -> None:
@@ -173,10 +176,11 @@ class MlflowTracker:
     def _report(self, error: Exception) -> None:
         if not self._down:
             self._down = True
-            first_line = str(error).strip().split("\n")[0][:300]
+            words = " ".join(mask_passwords(str(error)).split())
+            words = words if len(words) <= MAX_ERROR_CHARS else words[:MAX_ERROR_CHARS] + "..."
             self._warn(
-                f"MLflow at {self._uri} cannot be reached ({type(error).__name__}: {first_line}); "
-                "the sweep goes on, trials are kept in their folders and mirrored later"
+                f"MLflow at {self._shown_uri} cannot be reached; the sweep goes on, trials are "
+                f"kept in their folders and mirrored later ({type(error).__name__}: {words})"
             )
 
 

@@ -60,7 +60,7 @@ class Progress:
     """What one tracking server has of a trial, as mirror.json holds it."""
 
     target: str = ""
-    """The tracking URI; another one starts from nothing."""
+    """The tracking URI without its password; another one starts from nothing."""
     launch: int = 0
     run_id: str | None = None
     metric_bytes: int = 0

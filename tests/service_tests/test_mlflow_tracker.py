@@ -336,3 +336,16 @@ def test_the_scheduler_never_waits_for_a_dead_server(tmp_path: Path) -> None:
         tracker.close(grace_seconds=0.1)
     assert kept["state"] == "COMPLETE"
     assert tracker.unsent_trials() == 1
+
+
+def test_a_password_is_neither_shown_nor_written(tmp_path: Path) -> None:
+    spec = make_spec(tmp_path / "s", 0)
+    warnings: list[str] = []
+    uri = "postgresql://me:secret@127.0.0.1:1/none"
+    tracker = MlflowTracker("s", tmp_path / "s", uri, None, warnings.append, interval_s=0.05)
+    tracker.trial_started(spec)
+    wait_until(lambda: bool(warnings))
+    tracker.close(grace_seconds=0.1)
+    assert "cannot be reached" in warnings[0]
+    assert not any("secret" in line for line in warnings)
+    assert not any("secret" in file.read_text() for file in spec.folder.iterdir())

@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "service.cli", "ui", *arguments, "--out", str(folder)],
-        stdout=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         cwd=ROOT,
@@ -36,9 +36,9 @@ def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
 
 def addresses(process: subprocess.Popen[str]) -> dict[str, str]:
     """The lines up to "Ctrl-C", as {name: url}."""
-    assert process.stderr is not None
+    assert process.stdout is not None
     found = {}
-    for line in process.stderr:
+    for line in process.stdout:
         if match := re.match(r"(\S+): +(http\S+)", line):
             found[match[1]] = match[2]
         if "Ctrl-C" in line:
