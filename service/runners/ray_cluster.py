@@ -6,6 +6,7 @@ driver process.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import secrets
@@ -18,6 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private.authentication.authentication_token_setup import (
+    maybe_enable_token_auth_if_token_available,
+)
 from ray._private.ray_logging import stdout_deduplicator
 
 from service.errors import RunnerError
@@ -120,6 +124,9 @@ def _join(address: str, environment: dict[str, str]) -> None:
         )
     if address != "auto":
         _check_answers(address)
+    # `ray start` asks for tokens as soon as this user has one; so do we then.
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
+    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
     runtime_env: dict[str, Any] = {"env_vars": environment}
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:
         # Outside `ray job submit`, which brings the code along.
@@ -129,7 +136,8 @@ def _join(address: str, environment: dict[str, str]) -> None:
     except Exception as error:
         raise RunnerError(
             f"cannot join the Ray cluster at {address!r}: {error}; run on a node of the cluster, "
-            "or use `ray job submit`"
+            "or use `ray job submit`; a cluster that asks for tokens needs RAY_AUTH_MODE=token and "
+            "the same token here"
         ) from error
 
 
