@@ -57,7 +57,7 @@ class Run:
             self.final = update
         for event in update.events:
             if event["kind"] == "step":
-                self.steps.append(event)
+                self.steps.append({**event, "train_loss": number(event["train_loss"])})
                 self.trained_until = event["time"]
                 if self.started_at is None:
                     self.started_at = event["time"] - event["elapsed_s"]
@@ -99,6 +99,7 @@ class Run:
     def row(self, word: str | None = None) -> RunningTrial:
         """For the live table; `word` says what the trial waits for."""
         last = self.steps[-1] if self.steps else {}
+        loss = last.get("train_loss")
         stopping = "stopping" if self.stop_by is not None else self.state.value
         return RunningTrial(
             number=self.number,
@@ -108,5 +109,10 @@ class Run:
             step=last.get("step"),
             elapsed_s=last.get("elapsed_s"),
             train_seconds=self.spec.config.budget.train_seconds,
-            train_loss=last.get("train_loss"),
+            train_loss=loss if loss is not None and math.isfinite(loss) else None,
         )
+
+
+def number(value: float | str | None) -> float:
+    """A number of a record; what JSON cannot hold comes as its name, or as null."""
+    return math.nan if value is None else float(value)

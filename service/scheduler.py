@@ -338,7 +338,7 @@ class Scheduler:
         if not run.steps or not should_report(run.num_reported, since, self._policy):
             return
         step, loss = run.steps[-1]["step"], run.steps[-1]["train_loss"]
-        if step > run.last_reported_step and loss is not None and math.isfinite(loss):
+        if step > run.last_reported_step and math.isfinite(loss):
             run.trial.report(loss, step)
             run.num_reported += 1
             run.reported_at = self._clock()

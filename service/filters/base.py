@@ -10,7 +10,7 @@ from trainer.config import TrainConfig
 from trainer.report import TrainResult
 
 StepRecord = dict[str, Any]
-"""A "step" record of trainer.report.EventKind."""
+"""A "step" record of trainer.report.EventKind; its train_loss is a float, maybe not finite."""
 
 
 class Filter:

@@ -28,7 +28,7 @@ class Divergence(Filter):
     def while_running(self, spec: TrialSpec, steps: Sequence[StepRecord]) -> Verdict | None:
         if not steps:
             return None
-        losses = [_number(record["train_loss"]) for record in steps]
+        losses = [record["train_loss"] for record in steps]
         if not math.isfinite(losses[-1]):
             return not_finite(f"the training loss at step {steps[-1]['step']} is {losses[-1]}")
         if len(losses) < PATIENCE:
@@ -59,8 +59,3 @@ def not_finite(reason: str) -> Verdict:
 def has_finite_loss(result: TrainResult) -> bool:
     """Whether the last training loss is a number; JSON has null in the place of nan."""
     return result.train_loss is not None and math.isfinite(result.train_loss)
-
-
-def _number(loss: float | None) -> float:
-    """JSON writers may turn nan into null."""
-    return math.nan if loss is None else loss

@@ -15,7 +15,7 @@ from service.errors import RunnerError
 from service.runners.base import Demand, RunState, Update
 from service.trial import TrialFolder, TrialSpec, write_json
 from trainer.account import count_parameters
-from trainer.report import TrainResult
+from trainer.report import TrainResult, plain
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ class FakeRunner:
         due = int(trained / run.train_s * run.num_records + 1e-9) if trained > 0 else 0
         for index in range(trial.told, due):
             progress = (index + 1) / run.num_records
-            events.append(_step_record(trial, progress))
+            events.append(plain(_step_record(trial, progress)))
         trial.told = max(trial.told, due)
         with TrialFolder(trial.spec.folder).metrics.open("a") as file:
             file.writelines(json.dumps(event) + "\n" for event in events)

@@ -31,7 +31,7 @@ TRACK = Track(
 
 @event.listens_for(Engine, "connect")
 def _trust_the_power_supply(connection: Any, record: Any) -> None:
-    """SQLite without fsync: survives a killed process, as the tests need, and is ten times faster."""
+    """SQLite without fsync survives a killed process, as the tests need, and is much faster."""
     if isinstance(connection, sqlite3.Connection):
         connection.execute("PRAGMA synchronous=OFF")
 

@@ -21,6 +21,7 @@ from service.filters.artifact_size import (
 from service.filters.divergence import Divergence
 from service.filters.duplicate import Duplicates
 from service.filters.step_time import StepTime
+from service.run import number
 from service.trial import TrialSpec
 from trainer.account import parameter_table
 from trainer.config import TrainConfig
@@ -179,12 +180,18 @@ def test_step_time_never_asks_for_more_than_max_steps() -> None:
     assert measured is not None and measured.ok and not measured.predicted
 
 
-def test_divergence_counts_null_as_nan() -> None:
-    """A JSON writer turned nan into null."""
-    record = {"kind": "step", "step": 7, "elapsed_s": 1.0, "train_loss": None}
-    verdict = Divergence().while_running(spec_of(TINY), [record])
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_divergence_of_a_loss_that_is_no_number_has_a_value_that_is_one(loss: float) -> None:
+    verdict = Divergence().while_running(spec_of(TINY), steps((7, 1.0, loss)))
     assert verdict is not None and not verdict.ok
-    assert math.isfinite(verdict.value)
+    assert f"step 7 is {loss}" in verdict.reason
+    assert math.isfinite(verdict.value) and math.isfinite(verdict.excess)
+
+
+@pytest.mark.parametrize("written", ["nan", "inf", None])
+def test_records_may_name_what_json_cannot_hold(written: str | None) -> None:
+    assert not math.isfinite(number(written))
+    assert number(2) == 2.0
 
 
 def test_divergence_compares_with_guessing_and_with_the_past() -> None:
