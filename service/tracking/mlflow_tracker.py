@@ -102,7 +102,8 @@ class MlflowTracker:
         if left:
             self._warn(
                 f"MLflow at {self._shown_uri}: {left} trial{'s are' if left > 1 else ' is'} not "
-                "mirrored yet; nothing is lost, the next `caddie sweep run` of this study sends the rest"
+                "mirrored yet; nothing is lost, the next `caddie sweep run` of this study sends "
+                "the rest"
             )
 
     def unsent_trials(self) -> int:
