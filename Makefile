@@ -24,7 +24,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 install: $(VENV)/.installed ## make .venv with everything pinned
 
 demo: install ## a real sweep on this machine (TRIALS=12, NEW=1 for a fresh study)
-	@$(BIN)/caddie sweep run smoke --study $(STUDY) --trials $(TRIALS) --out $(OUT) $(if $(NEW),--new)
+	@$(BIN)/caddie sweep run smoke --study $(STUDY) --trials $(TRIALS) --workers-per-trial 2 --out $(OUT) $(if $(NEW),--new)
 
 test: install ## the whole CPU test suite
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
