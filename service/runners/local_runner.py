@@ -27,6 +27,7 @@ import psutil
 import trainer
 from service.errors import RunnerError
 from service.runners.base import Demand, RunState, Update
+from service.runners.processes import kill, marked
 from service.trial import TrialFolder, TrialSpec, write_json
 
 TOKEN = "CADDIE_LOCAL_TRIAL"
@@ -80,11 +81,7 @@ class LocalTrial:
             self.launcher.send_signal(signal.SIGTERM)
             with suppress(subprocess.TimeoutExpired):  # then the ranks first: they outlive it
                 self.launcher.wait(TERM_GRACE_S)
-        rest = list(processes_with(self.token))
-        for process in rest:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
-        psutil.wait_procs(rest, timeout=TERM_GRACE_S)
+        kill(list(processes_with(self.token)))
         self.launcher.wait()
 
 
@@ -263,13 +260,8 @@ def _explain(trial: LocalTrial, code: int) -> tuple[RunState, str]:
 
 
 def processes_with(token: str) -> Iterable[psutil.Process]:
-    """Living processes of this user whose environment carries the token of a trial."""
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get(TOKEN) == token:
-                yield process
-        except psutil.Error:
-            continue  # gone, a zombie, or somebody else's
+    """Living processes of the trial with this token."""
+    return (process for process, environment in marked(TOKEN) if environment[TOKEN] == token)
 
 
 def visible_gpus() -> list[str]:

@@ -26,11 +26,15 @@ from ray._private.ray_logging import stdout_deduplicator
 
 from service.errors import RunnerError
 from service.runners.base import Demand
+from service.runners.processes import kill, marked, name_of
 
 OBJECT_STORE_BYTES = 256 * 2**20
 """Shared memory of an embedded Ray. Only packed artifacts pass through it, 16 MB each at most."""
 CONNECT_TIMEOUT_S = 3.0
 """How long the head node may take to accept a connection."""
+
+DRIVER = "CADDIE_RAY_DRIVER"
+"""Environment variable of all processes of an embedded Ray: the driver that started it."""
 
 SETTINGS = {
     # How soon after its end a trial is noticed at the latest (default 2).
@@ -50,6 +54,9 @@ SETTINGS = {
 EMBEDDED_SETTINGS = {
     # One controller with a few workers may poll more often than a head node with hundreds.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
+    # Training is what the machine is for: Ray would give it the lowest priority (15), and whatever
+    # else runs would then show in its step times.
+    "RAY_worker_niceness": "0",
     # Nobody reclaims a laptop; saves one process per trial.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
@@ -69,6 +76,8 @@ class Cluster:
         """Leave; an embedded Ray stops all its processes."""
         if self.connected_here and ray.is_initialized():
             ray.shutdown()
+        if self.started_here:
+            end_leftovers()
 
 
 def connect(
@@ -98,7 +107,9 @@ def connect(
 
 
 def _start(num_cpus: int | None, num_gpus: int | None, environment: dict[str, str]) -> None:
+    end_leftovers()
     _provide_token()
+    os.environ[DRIVER] = str(name_of(os.getpid()))
     try:
         ray.init(
             address="local",
@@ -163,6 +174,20 @@ def _packages() -> dict[str, Any]:
 
     folders = [str(Path(package.__path__[0])) for package in (trainer, search_spaces, service)]
     return {"py_modules": folders, "excludes": ["**/__pycache__"]}
+
+
+def end_leftovers() -> None:
+    """Kill workers of embedded Rays whose raylet is gone. Workers leave by themselves then, but
+    some hang in their exit (seen once in fifty, in a static destructor of Ray) and keep their
+    memory."""
+    kill(
+        [
+            process
+            for process, environment in marked(DRIVER)
+            if (raylet := environment.get("RAY_RAYLET_PID", "")).isdigit()
+            and name_of(int(raylet)) is None
+        ]
+    )
 
 
 def _keep_standard_output_clean() -> None:

@@ -56,6 +56,7 @@ class RayRunner:
         self._mailbox = _start_mailbox()
         self._trials: dict[int, RayTrial] = {}
         self._draining: list[RayTrial] = []
+        self._parting: list[RayTrial] = []
         self._stops: dict[str, str] = {}
         self._lock = threading.Lock()
         self._closing = threading.Event()
@@ -111,13 +112,14 @@ class RayRunner:
         trial.kill_workers()
 
     def close(self) -> None:
-        """Cancel everything, wait until Ray Train has freed it, and leave the cluster."""
+        """Cancel everything, wait until Ray Train has freed it and the processes are gone, and
+        leave the cluster."""
         if self._closing.is_set():
             return
         for number in list(self._trials):
             self.cancel(number)
         deadline = time.monotonic() + CLOSE_TIMEOUT_S
-        while self._draining and time.monotonic() < deadline:
+        while (self._draining or self._parting) and time.monotonic() < deadline:
             time.sleep(0.05)
         self._closing.set()
         self._pump_thread.join(MAILBOX_TIMEOUT_S)
@@ -141,6 +143,7 @@ class RayRunner:
             for trial in ended:
                 trial.settle()
                 self._stops.pop(trial.key, None)
+            self._parting = [t for t in [*self._parting, *ended] if not t.is_gone()]
             with self._lock:
                 self._draining = [trial for trial in self._draining if not trial.settled]
 

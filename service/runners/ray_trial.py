@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import threading
+import time
 from collections import deque
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,21 @@ from ray.train.v2.torch.torch_trainer import TorchTrainer
 from ray.util.placement_group import placement_group_table, remove_placement_group
 
 from service.runners.base import Demand, RunState, Update
+from service.runners.processes import is_alive, kill, name_of, pid_of
 from service.runners.ray_cluster import gang_resources
-from service.runners.ray_worker import News, WorkerFailure, WorkerInfo, run_trial
+from service.runners.ray_worker import (
+    CONTROLLER,
+    IntroduceController,
+    News,
+    WorkerFailure,
+    WorkerInfo,
+    run_trial,
+)
 from service.trial import TrialFolder, TrialSpec
 from trainer.report import TrainResult, describe
 
+EXIT_GRACE_S = 10.0
+"""How long processes may take to exit after their trial has ended."""
 LOG_TAIL_BYTES = 4000
 """How much of a lost worker's own output goes into train.log."""
 OUT_OF_MEMORY_MARKS = ("OutOfMemoryError", "running low on memory", "memory monitor")
@@ -71,6 +81,8 @@ class RayTrial:
         self._state = RunState.STARTING
         self._final: Update | None = None
         self._write_error: OSError | None = None
+        self._processes_here: list[str | None] = []
+        self._kill_at = 0.0
         self.settled = False
         self._thread = threading.Thread(target=self._fit, name=f"fit {self.key}", daemon=True)
         self._thread.start()
@@ -81,6 +93,7 @@ class RayTrial:
         return not self._thread.is_alive()
 
     def _fit(self) -> None:
+        introduce: Any = IntroduceController(self.key, self._job["mailbox"])
         try:
             trainer = LeanTorchTrainer(
                 run_trial,
@@ -98,6 +111,7 @@ class RayTrial:
                     failure_config=FailureConfig(
                         max_failures=0, controller_failure_limit=0, max_preemption_failures=0
                     ),
+                    callbacks=[introduce],
                     logging_config=LoggingConfig(log_level="CRITICAL"),
                 ),
             )
@@ -110,6 +124,10 @@ class RayTrial:
     def absorb(self, news: News) -> None:
         """Take in what the workers said, and write the records into the folder."""
         for worker in news.workers:
+            if worker.node == ray.get_runtime_context().get_node_id():
+                self._processes_here.append(name_of(worker.pid))
+            if worker.rank == CONTROLLER:
+                continue
             self.workers[worker.rank] = worker
             if self.cancelled:
                 ray.kill(worker.actor)
@@ -147,7 +165,17 @@ class RayTrial:
                 self._final = self._finish()
             except Exception as error:
                 self._final = self._fail(f"{type(error).__name__}: {error}", RunState.FAILED, [])
+        self._kill_at = time.monotonic() + EXIT_GRACE_S
         self.settled = True
+
+    def is_gone(self) -> bool:
+        """Whether its processes on this machine have ended; they are killed when they take too
+        long. Some controllers hang in their exit, unnoticed by Ray, and keep their memory."""
+        left = [name for name in self._processes_here if name and is_alive(name)]
+        if left and time.monotonic() > self._kill_at:
+            kill([psutil.Process(pid_of(name)) for name in left])
+            return True
+        return not left
 
     def take(self) -> Update:
         """What is new; the final state is set in the last one."""
@@ -221,7 +249,8 @@ class RayTrial:
         """The end of what a worker printed, where this host has it: a crash in native code leaves
         its only trace there."""
         worker = self.workers.get(rank)
-        if not worker or worker.host != socket.gethostname() or not os.path.isfile(worker.log):
+        here = ray.get_runtime_context().get_node_id()
+        if not worker or worker.node != here or not os.path.isfile(worker.log):
             return ""
         with open(worker.log, "rb") as file:
             file.seek(max(0, os.path.getsize(worker.log) - LOG_TAIL_BYTES))
@@ -236,19 +265,6 @@ class RayTrial:
                 if placement_group_table(group).get("state") not in (None, "REMOVED"):
                     remove_placement_group(group)
                 return
-
-    def processes_left(self) -> list[int]:
-        """Worker processes of this trial that still live on this host."""
-        here = [w for w in self.workers.values() if w.host == socket.gethostname()]
-        return [w.pid for w in here if _is_ray_worker(w.pid)]
-
-
-def _is_ray_worker(pid: int) -> bool:
-    try:
-        process = psutil.Process(pid)
-        return process.status() != psutil.STATUS_ZOMBIE and "ray::" in " ".join(process.cmdline())
-    except psutil.NoSuchProcess:
-        return False
 
 
 def _with_absolute_data_dir(spec: TrialSpec) -> dict[str, Any]:

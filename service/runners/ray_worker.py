@@ -25,6 +25,7 @@ from typing import Any
 
 import ray
 import ray.train
+from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.util.placement_group import PlacementGroup, get_current_placement_group
 
 from trainer.config import TrainConfig
@@ -36,14 +37,20 @@ PUSH_INTERVAL_S = 0.25
 FLUSH_TIMEOUT_S = 15.0
 """How long a worker that is done waits for its last records to be taken."""
 
+CONTROLLER = -1
+"""In place of a rank."""
+
 
 @dataclass(frozen=True)
 class WorkerInfo:
-    """One train worker, as it introduces itself before training."""
+    """One process of a trial, as it introduces itself before training."""
 
     rank: int
+    """CONTROLLER for Ray Train's own process that watches the workers."""
     pid: int
     host: str
+    node: str
+    """Ray's id of the node, which is unique where names of hosts are not."""
     actor: Any
     """Handle of the worker's actor: killing it makes Ray Train take the whole group down."""
     placement_group: PlacementGroup | None
@@ -177,6 +184,17 @@ class MailboxReporter:
         return [self._records.popleft() for _ in range(len(self._records))]
 
 
+class IntroduceController(ControllerCallback):
+    """Makes the controller of a trial known to the driver, which sees to it that it goes."""
+
+    def __init__(self, key: str, mailbox: Any) -> None:
+        self._key = key
+        self._mailbox = mailbox
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        self._mailbox.register.remote(self._key, introduce(CONTROLLER))
+
+
 def run_trial(job: dict[str, Any]) -> dict[str, Any]:
     """Train loop of a TorchTrainer: runs on every worker, in its process group.
 
@@ -185,7 +203,7 @@ def run_trial(job: dict[str, Any]) -> dict[str, Any]:
     """
     rank = ray.train.get_context().get_world_rank()
     key, mailbox = job["key"], job["mailbox"]
-    if not ray.get(mailbox.register.remote(key, _introduce(rank))):
+    if not ray.get(mailbox.register.remote(key, introduce(rank))):
         raise RuntimeError("the trial was cancelled before it started")
     try:
         return _train(job, rank)
@@ -223,11 +241,13 @@ def _load(path: str) -> Callable[[TrainConfig, Reporter, Path | None], TrainResu
     return getattr(importlib.import_module(module), name)
 
 
-def _introduce(rank: int) -> WorkerInfo:
+def introduce(rank: int) -> WorkerInfo:
+    """The process that calls this, an actor."""
     return WorkerInfo(
         rank=rank,
         pid=os.getpid(),
         host=socket.gethostname(),
+        node=ray.get_runtime_context().get_node_id(),
         actor=ray.get_runtime_context().current_actor,
         placement_group=get_current_placement_group(),
         log=os.readlink("/proc/self/fd/2"),
