@@ -120,7 +120,7 @@ class Sweep:
         return [trial.state.name for trial in self.trials()]
 
 
-def plain_space(*layers: int, lr: float = 0.04) -> Space:
+def plain_space(*layers: int, lr: float = 0.05) -> Space:
     """Enqueues these depths in this order; nothing but the depth tells the trials apart."""
-    points = [{"model.num_layers": depth, "optim.matrix_lr": lr} for depth in layers]
+    points = [{"model.num_layers": depth, "optim.tied_embed_lr": lr} for depth in layers]
     return Space("plain", "tiny", "laptop", SMOKE.axes, tuple(points), "for tests")

@@ -56,7 +56,7 @@ def assert_whole(sweep: Sweep, drivers: list[Sweep]) -> None:
     ]  # fmt: skip
     assert "RUNNING" not in sweep.states()
     for trial in trials:
-        assert set(trial.params) == {"model.num_layers", "optim.matrix_lr"}
+        assert set(trial.params) == {"model.num_layers", "optim.tied_embed_lr"}
         if trial.state.name == "COMPLETE":
             depth = trial.params["model.num_layers"]
             assert trial.value == pytest.approx(3.0 - 0.1 * depth)

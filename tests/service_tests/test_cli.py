@@ -68,7 +68,7 @@ def test_spaces_show_axes_as_distributions(capsys: pytest.CaptureFixture[str]) -
     assert smoke["recipe"] == "tiny" and smoke["track"] == "laptop"
     depth = smoke["axes"]["model.num_layers"]
     assert (depth["type"], depth["low"], depth["high"]) == ("int", 2, 8)
-    assert smoke["axes"]["optim.matrix_lr"]["log"] is True
+    assert smoke["axes"]["optim.tied_embed_lr"]["log"] is True
     assert smoke["enqueued"][0].keys() <= smoke["axes"].keys()
 
 

@@ -210,7 +210,7 @@ def test_trials_asked_at_the_same_time_differ(url: str) -> None:
         trial = study.ask(dict(SMOKE.axes))
         study.tell(trial, dice.random())
     at_once = [study.ask(dict(SMOKE.axes)).params for _ in range(4)]
-    rates = {params["optim.matrix_lr"] for params in at_once}
+    rates = {params["optim.tied_embed_lr"] for params in at_once}
     assert len(rates) == 4
 
 

@@ -153,7 +153,7 @@ def test_wrong_sweeps_touch_nothing(
     out = tmp_path / "runs"
     where = ("--out", str(out), "--data", str(data))
     for arguments, message in (
-        (["smoke", "--set", "optim.matrix_lr=1"], "the space smoke varies it"),
+        (["smoke", "--set", "optim.tied_embed_lr=1"], "the space smoke varies it"),
         (["smoke", "--set", "optim.matrix_lt=1"], "did you mean optim.matrix_lr"),
         (["smoke", "--runner", "slurm"], "runner = 'slurm'"),
         (["learning_rates"], "has a tokenizer of 512 pieces"),
