@@ -26,8 +26,8 @@ from service.runners.ray_cluster import (
     nodes_available,
     nodes_total,
 )
+from service.runners.ray_mailbox import Mailbox, News
 from service.runners.ray_trial import RayTrial
-from service.runners.ray_worker import Mailbox, News
 from service.trial import TrialSpec
 
 COLLECT_WAIT_S = 0.5

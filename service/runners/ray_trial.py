@@ -17,6 +17,7 @@ from typing import Any
 
 import psutil
 import ray
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2.api.callback import RayTrainCallback
 from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
@@ -27,14 +28,8 @@ from ray.util.placement_group import placement_group_table, remove_placement_gro
 from service.runners.base import Demand, RunState, Update
 from service.runners.processes import is_alive, kill, name_of, pid_of
 from service.runners.ray_cluster import gang_resources
-from service.runners.ray_worker import (
-    CONTROLLER,
-    IntroduceController,
-    News,
-    WorkerFailure,
-    WorkerInfo,
-    run_trial,
-)
+from service.runners.ray_mailbox import CONTROLLER, News, WorkerFailure, WorkerInfo
+from service.runners.ray_worker import IntroduceController, run_trial
 from service.trial import TrialFolder, TrialSpec
 from trainer.report import TrainResult, describe
 
@@ -49,12 +44,13 @@ RAY_LOG_HEADERS = (":job_id:", ":actor_name:", ":task_name:")
 
 
 class LeanTorchTrainer(TorchTrainer):
-    """A TorchTrainer without Ray's placement group cleaner, a process per trial that removes the
-    group when the controller dies and takes a second to stop. RayTrial.settle removes it."""
+    """A TorchTrainer without two processes that Ray Train starts for every trial: the one that
+    removes the placement group when the controller dies, which takes a second to stop
+    (RayTrial.settle removes it), and the one that splits Ray data sets, of which there are none."""
 
     def _create_default_callbacks(self) -> list[RayTrainCallback]:
-        callbacks = super()._create_default_callbacks()
-        return [c for c in callbacks if not isinstance(c, PlacementGroupCleanerCallback)]
+        spare = (PlacementGroupCleanerCallback, DatasetsCallback)
+        return [c for c in super()._create_default_callbacks() if not isinstance(c, spare)]
 
 
 class RayTrial:
