@@ -64,10 +64,10 @@ TRACKS: dict[str, Track] = {
         ),
         Track(
             name="laptop",
-            artifact_bytes=200_000,
+            artifact_bytes=180_000,
             train_seconds=8.0,
             eval_seconds=30.0,
-            min_steps=8,
+            min_steps=20,
             hardware="two CPU cores",
             rules=GOLF_RULES,
             record="as golf, on its own scale",
