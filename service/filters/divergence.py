@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import takewhile
 
 from service.filters.base import Filter, StepRecord
 from service.trial import TrialSpec, Verdict
@@ -16,8 +17,11 @@ from trainer.report import TrainResult
 
 MARGIN_NATS = 1.0
 """Above the best loss so far, or above the uniform guess ln(vocab_size); batch noise is a tenth."""
-PATIENCE = 3
-"""Successive records that must all lie above; one spike is no divergence."""
+SETTLED = 0.05
+"""Share of the budget before which a loss says nothing: sound runs, too, may jump by several nats
+in their first steps."""
+SPAN = 0.05
+"""Share of the budget for which every record must lie above; one spike is no divergence."""
 
 
 class Divergence(Filter):
@@ -31,18 +35,18 @@ class Divergence(Filter):
         losses = [record["train_loss"] for record in steps]
         if not math.isfinite(losses[-1]):
             return not_finite(f"the training loss at step {steps[-1]['step']} is {losses[-1]}")
-        if len(losses) < PATIENCE:
-            return None
         uniform = math.log(spec.config.model.vocab_size)
         best = min([uniform, *filter(math.isfinite, losses)])
-        bound, lowest = best + MARGIN_NATS, min(losses[-PATIENCE:])
-        if lowest <= bound:
+        bound = best + MARGIN_NATS
+        above = list(takewhile(lambda record: _is_above(record, bound), reversed(steps)))
+        if len(above) < 2 or above[0]["progress"] - above[-1]["progress"] < SPAN:
             return None
         reason = (
             f"the training loss at step {steps[-1]['step']} is {losses[-1]:.2f} nats and stays "
             f"above {bound:.2f}, {MARGIN_NATS:g} more than "
             + ("guessing" if best == uniform else "the run had reached")
         )
+        lowest = min(record["train_loss"] for record in above)
         return Verdict(self.name, lowest, bound, "nats", False, reason, predicted=False)
 
     def after_finish(self, spec: TrialSpec, result: TrainResult) -> Verdict | None:
@@ -59,3 +63,7 @@ def not_finite(reason: str) -> Verdict:
 def has_finite_loss(result: TrainResult) -> bool:
     """Whether the last training loss is a number; JSON has null in the place of nan."""
     return result.train_loss is not None and math.isfinite(result.train_loss)
+
+
+def _is_above(record: StepRecord, bound: float) -> bool:
+    return bool(record["progress"] >= SETTLED and record["train_loss"] > bound)

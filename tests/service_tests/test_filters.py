@@ -42,9 +42,16 @@ def result_of(**fields: Any) -> TrainResult:
     return TrainResult(**{**common, **fields})
 
 
-def steps(*points: tuple[int, float, float]) -> list[dict[str, Any]]:
+def steps(*points: tuple[int, float, float], total_s: float = 100.0) -> list[dict[str, Any]]:
+    """Records of (step, seconds, loss)."""
     return [
-        {"kind": "step", "step": step, "elapsed_s": elapsed, "train_loss": loss}
+        {
+            "kind": "step",
+            "step": step,
+            "elapsed_s": elapsed,
+            "progress": elapsed / total_s,
+            "train_loss": loss,
+        }
         for step, elapsed, loss in points
     ]
 
@@ -127,7 +134,9 @@ def test_limit_decides_what_is_launched(limit: float, ok: bool) -> None:
 
 
 def test_no_cap_no_verdict() -> None:
-    free = TINY.with_overrides({"budget.artifact_bytes": None, "budget.eval_seconds": None})
+    free = TINY.with_overrides(
+        {"budget.artifact_bytes": None, "budget.eval_seconds": None, "budget.min_steps": 0}
+    )
     result = result_of(bytes_code=1, bytes_model=10**9, val_bpb=1.0, phases={"train": 1.0})
     for judge in default_filters():
         for verdict in (
@@ -194,18 +203,31 @@ def test_records_may_name_what_json_cannot_hold(written: str | None) -> None:
     assert number(2) == 2.0
 
 
-def test_divergence_compares_with_guessing_and_with_the_past() -> None:
-    judge, guess = Divergence(), math.log(512)
+GUESS = math.log(512)
 
-    def judged(*losses: float) -> float | None:
-        records = steps(*((step, 0.1 * step, loss) for step, loss in enumerate(losses)))
-        verdict = judge.while_running(spec_of(TINY), records)
-        return None if verdict is None else verdict.bound
 
-    assert judged(guess + 2, guess + 2) is None, "three records are needed"
-    assert judged(guess + 2, guess + 2, guess + 2) == pytest.approx(guess + 1)
-    assert judged(5.0, 3.0, 4.1, 4.2, 4.05) == pytest.approx(4.0)
-    assert judged(5.0, 3.0, 4.1, 3.9, 4.05) is None
+@pytest.mark.parametrize(
+    ("every_s", "losses", "bound"),
+    [
+        (10.0, (6.0, GUESS + 2, GUESS + 2), 7.0),
+        (10.0, (GUESS + 2, GUESS + 2), GUESS + 1),
+        (10.0, (GUESS + 2, GUESS + 0.9), None),
+        (10.0, (5.0, 3.0, 4.1, 4.05), 4.0),
+        (10.0, (5.0, 3.0, 4.1, 3.9, 4.05), None),  # it came back in between
+        (10.0, (5.0, 3.0, 3.1, 30.0), None),  # one record may be a spike
+        (1.0, (5.0, 12.0, 18.0, 16.0, 9.0), None),  # the first 5 % may jump
+        (1.0, (5.0,) * 9 + (9.0,) * 5, None),  # above for 4 % of the budget
+        (1.0, (5.0,) * 9 + (9.0,) * 7, 6.0),  # and for 6 %
+    ],
+)
+def test_divergence_is_staying_above_guessing_and_the_past(
+    every_s: float, losses: tuple[float, ...], bound: float | None
+) -> None:
+    records = steps(*((i, every_s * i, loss) for i, loss in enumerate(losses, start=1)))
+    verdict = Divergence().while_running(spec_of(TINY), records)
+    assert (None if verdict is None else verdict.bound) == (
+        None if bound is None else pytest.approx(bound)
+    )
 
 
 def test_duplicates_belong_to_their_first_claimer_until_it_fails() -> None:
