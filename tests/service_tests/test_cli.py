@@ -124,7 +124,7 @@ def test_every_fault_of_the_settings_is_reported_at_once(
     )
     assert "optim.matrixlr: no such setting; did you mean optim.matrix_lr" in message
     assert "model.num_layers = 'x'" in message
-    assert "data.seq_len = 100 does not divide data.batch_tokens = 4096" in message
+    assert "data.seq_len = 100 does not divide data.batch_tokens = 2048" in message
 
 
 def test_text_settings_keep_text_that_looks_like_json() -> None:
