@@ -188,4 +188,4 @@ def _seconds(trials: Sequence[FrozenTrial], unit: str) -> WorkSeconds:
         spent += trial.user_attrs.get("spent_s", 0.0) + trial.user_attrs.get("spent_before_s", 0.0)
         if _has_ended(trial):
             saved[trial.user_attrs.get("verdict", "")] += trial.user_attrs.get("saved_s", 0.0)
-    return WorkSeconds(spent, saved[REJECTED], saved[STOPPED], unit)
+    return WorkSeconds(spent, float(saved[REJECTED]), float(saved[STOPPED]), unit)
