@@ -200,7 +200,7 @@ def _deep_link(page: Page, study_id: int | None) -> str:
             experiment = json.load(answer)["experiment"]["experiment_id"]
     except (OSError, KeyError, ValueError):  # nothing mirrored yet
         return page.url
-    return f"{page.url}/#/experiments/{experiment}"
+    return f"{page.url}/#/experiments/{experiment}/runs"
 
 
 def _answers(url: str) -> bool:

@@ -44,6 +44,12 @@ MAX_PARAM_CHARS = 6000
 RECORDS_PER_BATCH = 100
 """A record holds fewer than ten numbers."""
 STEP_METRICS = ("train_loss", "elapsed_s", "step_ms", "lr_mult", "tokens_per_s", "progress")
+EXPERIMENT_TAGS = {
+    "mlflow.experimentKind": "custom_model_development",
+    "mlflow.experiment.primaryMetric.name": "final.val_bpb",
+    "mlflow.experiment.primaryMetric.greaterIsBetter": "False",
+}
+"""Make the UI open on the table of runs, not on its pages for language-model applications."""
 VAL_METRICS = ("val_loss", "val_bpb")
 MAIN_SETTINGS = (
     "model.vocab_size",
@@ -225,7 +231,9 @@ class MlflowMirror:
                 self._experiment = found.experiment_id
                 return self._experiment
             try:
-                self._experiment = self._client.create_experiment(EXPERIMENT, self._artifact_root)
+                self._experiment = self._client.create_experiment(
+                    EXPERIMENT, self._artifact_root, EXPERIMENT_TAGS
+                )
             except MlflowException:  # another sweep was quicker
                 found = self._client.get_experiment_by_name(EXPERIMENT)
                 if found is None:
