@@ -43,7 +43,7 @@ def is_alive(name: str) -> bool:
 
 
 def kill(processes: list[psutil.Process], timeout_s: float = 5.0) -> None:
-    """SIGKILL, and wait until they are gone."""
+    """SIGKILL, and wait until they are gone. Own children are reaped: their exit code is lost."""
     for process in processes:
         with suppress(psutil.NoSuchProcess):
             process.kill()
