@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 
 from tests.ranks import run_ranks
 from tests.trainer_tests.small_data import VOCAB_SIZE, write_folder
-from trainer import artifact
+from trainer import artifact, loop
 from trainer.config import TrainConfig
 from trainer.data.byte_table import ByteTable
 from trainer.data.dataset import Dataset
@@ -158,8 +159,22 @@ def test_two_workers_do_what_one_does(
 
 
 def test_training_ends_within_the_seconds_of_the_budget(
-    configure: Callable[..., TrainConfig], tmp_path: Path
+    configure: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    seconds = 50.0  # a clock on which a step takes a tenth of a second, and nothing else any time
+
+    def tick() -> float:
+        return seconds
+
+    real_step = loop.Run._step
+
+    def step(run: loop.Run, index: int, progress: float) -> torch.Tensor:
+        nonlocal seconds
+        seconds += 0.1
+        return real_step(run, index, progress)
+
+    monkeypatch.setattr(loop.Run, "_step", step)
+    monkeypatch.setattr(loop, "BudgetClock", partial(loop.BudgetClock, now=tick))
     config = configure(
         **{
             "schedule.progress": "clock",
