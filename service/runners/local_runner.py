@@ -153,8 +153,8 @@ class LocalRunner:
             return Update(trial.state, events)
         del self._trials[number]
         trial.end()
-        result = trial.folder.read_result() if code == 0 else None
-        if result is not None:
+        result = trial.folder.read_result()
+        if result is not None:  # written last of all; a crash in the exit after it changes nothing
             return Update(RunState.FINISHED, events, result)
         state, error = _explain(trial, code)
         return Update(state, events, error=error)

@@ -42,6 +42,8 @@ def main() -> int:
         return 1
     if is_main:
         (out / "result.json").write_text(result.model_dump_json())
+    if dist.is_initialized():
+        dist.destroy_process_group()  # gloo aborts a process that leaves its group at exit
     return 0
 
 

@@ -82,7 +82,7 @@ def test_a_trial_ends_with_its_files_and_every_record(runner: LocalRunner, tmp_p
         slots.add(runner.free_slots(ONE))
 
     ended = run_to_end(runner, spec, TWO, look)
-    assert ended.state is RunState.FINISHED
+    assert ended.state is RunState.FINISHED, ended.update.error
     result = ended.update.result
     assert result is not None and (result.steps, result.world_size) == (20, 2)
     assert result.train_loss == pytest.approx(20 * 3.0)  # ranks 0 and 1 each gave their part
@@ -103,7 +103,7 @@ def test_a_stop_keeps_its_reason(runner: LocalRunner, tmp_path: Path) -> None:
 
     spec = make_spec(tmp_path, 0, steps=10_000, runtime__seed=STEPS)
     ended = run_to_end(runner, spec, TWO, stop)
-    assert ended.state is RunState.FINISHED
+    assert ended.state is RunState.FINISHED, ended.update.error
     result = ended.update.result
     assert result is not None
     assert (result.status, result.stop_reason) == ("stopped", "too few steps")

@@ -86,7 +86,7 @@ def test_a_trial_leaves_its_result_artifact_and_every_record(
             slots_while_running.add(runner.free_slots(ONE))
 
     ended = run_to_end(runner, spec, TWO, look)
-    assert ended.state is RunState.FINISHED
+    assert ended.state is RunState.FINISHED, ended.update.error
     result = ended.update.result
     assert result is not None and (result.steps, result.world_size) == (30, 2)
     assert result.train_loss == pytest.approx(30 * 3.0)  # ranks 0 and 1 each gave their part
@@ -124,7 +124,7 @@ def test_a_stop_reaches_all_ranks_and_a_restarted_mailbox_loses_nothing(
             killed.append(steps[-1])
 
     ended = run_to_end(runner, make_spec(tmp_path, 0, steps=1000), TWO, interfere)
-    assert ended.state is RunState.FINISHED
+    assert ended.state is RunState.FINISHED, ended.update.error
     result = ended.update.result
     assert result is not None
     assert (result.status, result.stop_reason) == ("stopped", "the loss diverged")
