@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 the work failed, 2 asked wrongly. Errors are one message w
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable
@@ -87,6 +88,12 @@ def _explain(error: Exception) -> None:
     """One message on standard error: expected errors in their own words, others by name."""
     if isinstance(error, SweepError | TrainerError):
         message = f"error: {error}"
+    elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        message = (
+            f"error: {error.filename or 'a file under --out'}: {error.strerror}; free some space, "
+            "then give the same command again: finished trials are kept, and a trial that was "
+            "interrupted is run again"
+        )
     elif isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
         message = f"error: {where}{error.strerror}"

@@ -180,7 +180,7 @@ class MlflowTracker:
             words = " ".join(mask_passwords(str(error)).split())
             words = words if len(words) <= MAX_ERROR_CHARS else words[:MAX_ERROR_CHARS] + "..."
             self._warn(
-                f"MLflow at {self._shown_uri} cannot be reached; the sweep goes on, trials are "
+                f"MLflow at {self._shown_uri} cannot be used; the sweep goes on, trials are "
                 f"kept in their folders and mirrored later ({type(error).__name__}: {words})"
             )
 

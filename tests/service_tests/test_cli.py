@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 
 from service.cli import app, main
 from service.commands.recipe_config import configured
+from tests.trainer_tests.small_data import VOCAB_SIZE, random_tokens, write_folder
 from trainer.recipes import RECIPES
 
 
@@ -210,3 +212,21 @@ def test_doctor_names_every_check_and_a_remedy_for_what_fails(
     assert not rows["tracking"]["ok"] and rows["tracking"]["remedy"]
     assert rows["python"]["ok"] and rows["attention"]["ok"]
     assert "sdpa" in rows["attention"]["detail"]
+
+
+def test_a_full_disk_is_named_with_the_remedy(
+    capsys: pytest.CaptureFixture[str], small_disk: Path, tmp_path: Path
+) -> None:
+    message = refusal(capsys, 1, "data", "demo", "--out", str(small_disk / "demo"))
+    assert "cannot write there (No space left on device); free space" in message
+
+    data = write_folder(tmp_path / "data", random_tokens(5000), random_tokens(500, 1))
+    with contextlib.suppress(OSError):
+        (small_disk / "filler").write_bytes(bytes(2**20))
+    message = refusal(
+        capsys,
+        1,
+        *("train", "tiny", "--data", str(data), "--out", str(small_disk / "run")),
+        *("--set", f"model.vocab_size={VOCAB_SIZE}", "--set", "budget.train_seconds=0.1"),
+    )
+    assert "No space left on device; free some space, then give the same command again" in message

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -163,19 +163,6 @@ def test_a_full_device_leaves_the_earlier_artifact_and_nothing_else(tmp_path: Pa
     # What the writer opens for the new content is the device that is always full.
     (tmp_path / "artifact.bin.partial").symlink_to("/dev/full")
     _assert_refused_and_untouched(path, bytes(5000), "no space left .* 5,000 bytes are needed")
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
-        pytest.skip("needs the right to mount a file system")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
 
 
 def test_a_full_file_system_leaves_the_earlier_artifact_and_nothing_else(small_disk: Path) -> None:
