@@ -20,6 +20,9 @@ RECENT_STEPS = 32
 """The slowest of this many last steps predicts the next one."""
 SAFETY = 1.1
 """Factor on the predicted step, for jitter."""
+NEAR_S = 0.5
+"""From this long before the predicted end on, the trainer can go back by one step: a machine that
+others use may hold up any step."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,8 @@ class Gate:
     requested: bool
     """The stop was requested on some rank, not due to the cap."""
     near_cap: bool
-    """So close to the cap that the next decision should see a drained device."""
+    """So close to the cap that the next decision should see a drained device, and that the
+    weights before the step are worth keeping."""
 
 
 @dataclass
@@ -90,7 +94,7 @@ class BudgetClock:
         )
         end = elapsed + step * (steps_in_flight + 1)
         over = self.cap_s is not None and end > self.cap_s
-        near = self.cap_s is not None and end + 2 * step > self.cap_s
+        near = self.cap_s is not None and end + 2 * step + NEAR_S > self.cap_s
         return Gate(elapsed, over or requested > 0, requested > 0, near)
 
 

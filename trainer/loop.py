@@ -74,6 +74,16 @@ class PackedSize:
     sha256: str
 
 
+@dataclass(frozen=True)
+class KeptStep:
+    """Weights as they were before a step near the cap."""
+
+    steps: int
+    elapsed_s: float
+    """Budget clock when these weights were done, on the slowest rank."""
+    weights: dict[str, Tensor]
+
+
 @dataclass
 class Run:
     """The state of one run on one rank; `train` calls its methods in order."""
@@ -93,6 +103,7 @@ class Run:
     steps: int = 0
     train_loss: float | None = None
     step_seconds: list[float] = field(default_factory=list)
+    kept: KeptStep | None = None
 
     @classmethod
     def build(cls, config: TrainConfig, reporter: Reporter, group: Group) -> Run:
@@ -204,6 +215,8 @@ class Run:
                 gate = self.clock.gate(0, reason is not None)
             if gate.stop or self.steps == config.budget.max_steps:
                 break
+            if gate.near_cap:
+                self.kept = self._keep(gate.elapsed_s)
             pacer.launched(self._step(step, self._progress(step, gate)))
             self.steps += 1
             if config.runtime.val_every and self.steps % config.runtime.val_every == 0:
@@ -211,11 +224,28 @@ class Run:
                 self._validate()
         self._collect(pacer.drain())
         self.clock.stop()
-        self.timer.add("train", self.clock.elapsed())
+        self.timer.add("train", self._settle_seconds())
         reason = reason or self._not_finite()
         if self.group.max_float(float(reason is not None)) > 0:
             return reason or "stopped with rank 0"
         return None
+
+    def _keep(self, elapsed_s: float) -> KeptStep:
+        weights = {name: value.clone() for name, value in self.model.state_dict().items()}
+        return KeptStep(self.steps, elapsed_s, weights)
+
+    def _settle_seconds(self) -> float:
+        """Seconds of the training that counts. When the last step was held up past the cap, that
+        is the training before it: its weights come back, and the step is thrown away."""
+        cap, elapsed = self.config.budget.train_seconds, self.clock.elapsed()
+        elapsed = self.group.max_float(elapsed)
+        if cap is None or elapsed <= cap or self.kept is None:
+            return elapsed
+        self.model.load_state_dict(self.kept.weights)
+        self.steps = self.kept.steps
+        line = f"the last step ended at {elapsed:.3f} s, past the cap of {cap:g} s: thrown away"
+        self.reporter.emit("log", line=line)
+        return self.kept.elapsed_s
 
     def _progress(self, step: int, gate: Gate) -> float:
         budget = self.config.budget

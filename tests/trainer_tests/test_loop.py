@@ -188,6 +188,35 @@ def test_training_ends_within_the_seconds_of_the_budget(
     assert result.phases["train"] == pytest.approx(1.4)
 
 
+def test_a_step_that_is_held_up_past_the_cap_is_thrown_away(
+    configure: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = 50.0
+    real_step = loop.Run._step
+
+    def step(run: loop.Run, index: int, progress: float) -> torch.Tensor:
+        nonlocal seconds
+        seconds += 0.9 if run.steps == 12 else 0.1  # the thirteenth stalls
+        return real_step(run, index, progress)
+
+    monkeypatch.setattr(loop.Run, "_step", step)
+    monkeypatch.setattr(loop, "BudgetClock", partial(loop.BudgetClock, now=lambda: seconds))
+    timed = {"budget.train_seconds": 1.5, "schedule.warmdown_frac": 0.0}
+    reporter = Collector()
+    held_up = train(
+        configure(**{"schedule.progress": "clock", "budget.max_steps": None}, **timed),
+        reporter,
+        tmp_path / "held_up",
+    )
+    assert held_up.steps == 12
+    assert held_up.phases["train"] == pytest.approx(1.2)
+    assert any("thrown away" in record["line"] for record in reporter.of("log"))
+    twelve = train(
+        configure(**{"budget.max_steps": 12, "schedule.warmdown_frac": 0.0}), NullReporter()
+    )
+    assert held_up.val_bpb == twelve.val_bpb
+
+
 def test_a_stop_request_ends_the_run_at_a_step_without_a_score(
     configure: Callable[..., TrainConfig], tmp_path: Path
 ) -> None:
