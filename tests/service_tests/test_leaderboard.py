@@ -9,6 +9,7 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
+from search_spaces.tracks import TRACKS
 from service.cli import main
 from service.reports.leaderboard import leaderboard, mean_interval
 from service.reports.study_view import view_trials
@@ -18,7 +19,7 @@ from service.trial_book import trial_folder
 from trainer.recipes import RECIPES
 from trainer.report import TrainResult
 
-CAP = 200_000
+CAP = TRACKS["laptop"].artifact_bytes or 0
 
 
 def add_trial(
