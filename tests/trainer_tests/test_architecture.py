@@ -1,107 +1,18 @@
 """Every switch of the architecture against the plain model, forward and backward."""
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
 
+from tests.trainer_tests.architectures import BASE, SWITCHES, config_of
 from tests.trainer_tests.plain_gpt import plain_loss
+from trainer.account import parameter_table
 from trainer.attention import select_backend
-from trainer.config import ModelConfig
+from trainer.config import ModelConfig, TrainConfig
+from trainer.errors import ConfigError
 from trainer.model.gpt import GPT
-
-BASE: dict[str, Any] = {
-    "vocab_size": 19,
-    "num_layers": 5,
-    "model_dim": 32,
-    "num_heads": 4,
-    "num_kv_heads": 2,
-    "mlp_mult": 1.5,
-    "logit_softcap": 2.0,
-    "rope_base": 50.0,
-}
-SWITCHES: dict[str, dict[str, Any]] = {
-    "leaky_slope": {"leaky_slope": 0.5},
-    "ln_scale": {"ln_scale": True},
-    "gated_skips": {"gated_skips": True},
-    "gated_skips_even": {"gated_skips": True, "num_layers": 4},
-    "resid_lambdas": {"resid_lambda_init": 1.05},
-    "backout_early": {"backout_layer": 1},
-    "backout_late": {"backout_layer": 3},
-    "bigram": {"bigram_buckets": 11, "bigram_dim": 6},
-    "bigram_unmasked": {"bigram_buckets": 11, "bigram_dim": 32, "mask_documents": False},
-    "smear_channel": {"smear": "channel"},
-    "smear_channel_unmasked": {"smear": "channel", "mask_documents": False},
-    "smear_token": {"smear": "token", "smear_gate_dim": 7},
-    "value_embed": {"value_embed_dim": 6, "value_embed_layers": "0,3"},
-    "window_even": {"window": 2, "window_layers": "even"},
-    "window_listed": {"window": 1, "window_layers": "1,3"},
-    "xsa_some": {"xsa_last_n": 2},
-    "xsa_all": {"xsa_last_n": 5, "num_kv_heads": 4},
-    "rope_dims": {"rope_dims": 4},
-    "rope_ntk": {"rope_dims": 6, "rope_ntk_len": 4},
-    "rope_ntk_short_rows": {"rope_ntk_len": 8},
-    "gqa_repeat": {"gqa": "repeat"},
-    "value_residual_half": {"value_residual": "half"},
-    "value_residual_gated": {"value_residual": "gated"},
-    "value_residual_learned": {"value_residual": "learned"},
-    "diff_full": {"diff_attention": "full"},
-    "diff_split": {"diff_attention": "split", "window": 2, "window_layers": "odd"},
-    "loops": {"num_loops": 2, "num_layers": 2},
-    "loops_lora": {"num_loops": 2, "num_layers": 2, "lora_rank": 3, "leaky_slope": 0.3},
-    "pr1212": {
-        "num_layers": 6,
-        "leaky_slope": 0.5,
-        "ln_scale": True,
-        "gated_skips": True,
-        "resid_lambda_init": 1.05,
-        "backout_layer": 3,
-        "bigram_buckets": 11,
-        "bigram_dim": 6,
-        "smear": "channel",
-        "value_embed_dim": 6,
-        "value_embed_layers": "2,4,5",
-        "window": 2,
-        "window_layers": "even",
-        "xsa_last_n": 4,
-        "rope_dims": 4,
-        "rope_ntk_len": 4,
-    },
-    "everything_else": {
-        "smear": "token",
-        "gqa": "repeat",
-        "value_residual": "gated",
-        "value_embed_dim": 6,
-        "value_embed_layers": "even",
-        "diff_attention": "full",
-        "window": 3,
-        "window_layers": "odd",
-        "xsa_last_n": 3,
-        "rope_dims": 2,
-        "tie_embeddings": False,
-        "matrix_init": "orthogonal",
-        "layer_scale_init": 0.5,
-    },
-    "loops_with_the_rest": {
-        "num_layers": 2,
-        "num_loops": 2,
-        "lora_rank": 2,
-        "lora_init_std": 0.01,
-        "ln_scale": True,
-        "smear": "channel",
-        "bigram_buckets": 9,
-        "value_embed_dim": 4,
-        "value_embed_layers": "last_1",
-        "window": 2,
-        "window_layers": "odd",
-        "xsa_last_n": 1,
-    },
-}
-
-
-def config_of(name: str) -> ModelConfig:
-    return ModelConfig(**(BASE | SWITCHES[name]))
+from trainer.optim.rules import assign, param_rules
+from trainer.quantize.rules import choose_scheme
 
 
 def build(config: ModelConfig, attention: str = "sdpa") -> GPT:
@@ -249,3 +160,63 @@ def test_rotary_base_follows_the_row_length_whether_or_not_it_was_announced() ->
     torch.testing.assert_close(announced.logits(tokens), found_late.logits(tokens))
     shorter = announced.logits(tokens[:, :6])
     assert (announced.logits(tokens)[:, :6] - shorter).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"window": 128}, r"model\.window = 128 and model\.window_layers = '': .*set both"),
+        ({"window_layers": "even"}, r"model\.window = 0 and model\.window_layers = 'even'"),
+        ({"window": 8, "window_layers": "9"}, r"window_layers = '9': no layer 9; choose from 0"),
+        ({"window": 4097, "window_layers": "odd"}, r"model\.window = 4097 is above 1024, the long"),
+        ({"value_embed_dim": 8}, r"model\.value_embed_dim = 8 and .* set both"),
+        ({"value_embed_dim": 8, "value_embed_layers": "5,9"}, r"value_embed_layers = '5,9': no l"),
+        ({"backout_layer": 8}, r"model\.backout_layer = 8 .* choose from 0 to 7, or -1 for none"),
+        ({"xsa_last_n": 10}, r"model\.xsa_last_n = 10 is above model\.num_layers = 9; lower it"),
+        ({"rope_dims": 7}, r"model\.rope_dims = 7 is not an even number from 0 to 64"),
+        ({"rope_dims": 40, "diff_attention": "full"}, r"rope_dims = 40 is not .* from 0 to 32"),
+        ({"rope_dims": 2, "rope_ntk_len": 9}, r"rope_ntk_len = 9 needs at least 4 rotated dim"),
+        ({"bigram_buckets": 1}, r"model\.bigram_buckets = 1 leaves no bucket"),
+        ({"smear": "token", "smear_gate_dim": 513}, r"model\.smear_gate_dim = 513 is above"),
+        ({"num_heads": 256, "diff_attention": "split"}, r"diff_attention = .split. rotates half"),
+        ({"lora_rank": 4}, r"model\.lora_rank = 4 tells visits apart, but model\.num_loops = 1"),
+        ({"num_loops": 2, "gated_skips": True}, r"model\.gated_skips = True is not defined .*2 t"),
+        ({"num_loops": 3, "value_residual": "half"}, r"model\.value_residual = 'half' is not def"),
+    ],
+)
+def test_settings_that_do_not_fit_name_their_path_and_the_remedy(
+    overrides: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        TrainConfig().with_overrides({f"model.{key}": value for key, value in overrides.items()})
+
+
+def test_all_faults_of_the_model_are_listed_together() -> None:
+    with pytest.raises(ConfigError) as caught:
+        TrainConfig().with_overrides(
+            {"model.num_heads": 7, "model.xsa_last_n": 99, "model.window": 3, "model.lora_rank": 1}
+        )
+    for path in ("num_heads", "xsa_last_n", "window", "lora_rank"):
+        assert f"model.{path} = " in str(caught.value)
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_every_parameter_has_an_optimiser_and_control_tensors_keep_32_bits(name: str) -> None:
+    config = TrainConfig(model=config_of(name))
+    table = parameter_table(config.model)
+    for parameter, rule in assign(table, param_rules(config)).items():
+        is_matrix = parameter.startswith("blocks.") and len(table[parameter]) == 2
+        in_muon = is_matrix and not parameter.endswith("resid_mix")
+        assert (rule.optimizer == "muon") == in_muon, parameter
+        is_table = parameter in (
+            "tok_emb.weight",
+            "bigram.table.weight",
+            "value_embed.table.weight",
+        )
+        if is_table:
+            assert rule.lr == (0.05 if config.model.tie_embeddings else 0.6), parameter
+        elif parameter.endswith("resid_lambdas"):
+            assert rule.lr == 5 * config.optim.scalar_lr
+        scheme = choose_scheme(parameter, table[parameter], config.quantize)
+        is_control = ".lora." not in parameter and not parameter.endswith(".weight")
+        assert (scheme == "float32") == is_control, (parameter, scheme)
