@@ -360,9 +360,11 @@ def build_model(config: TrainConfig, group: Group, log: Callable[[str], None]) -
     Weights come from torch's global generator: seed it before. Raises BackendError when the
     attention backend of runtime.attention cannot run here.
     """
-    attend = select_backend(config.runtime.attention, group.device.type, log)
-    longest_row = max(config.data.seq_len, config.evaluate.seq_len)
-    model = GPT(config.model, attend, max_seq_len=longest_row).to(group.device)
+    attend = select_backend(
+        config.runtime.attention, group.device.type, log, windowed=config.model.window > 0
+    )
+    row_lengths = {config.data.seq_len, config.evaluate.seq_len}
+    model = GPT(config.model, attend, max(row_lengths), row_lengths).to(group.device)
     model.compute_dtype = _compute_dtype(config, group.device)
     for parameter in model.parameters():
         group.broadcast_(parameter.data)

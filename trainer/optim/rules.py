@@ -31,9 +31,19 @@ def param_rules(config: TrainConfig) -> tuple[ParamRule, ...]:
     optim = config.optim
     embed_lr = optim.tied_embed_lr if config.model.tie_embeddings else optim.embed_lr
     return (
+        ParamRule("blocks.*.resid_lambdas", "adam", 5 * optim.scalar_lr),
         ParamRule("blocks.*.weight", "muon", optim.matrix_lr, optim.weight_decay),
         ParamRule("blocks.*", "adam", optim.scalar_lr),
+        ParamRule("visits.*", "adam", optim.scalar_lr),
         ParamRule("skip_weights", "adam", optim.scalar_lr),
+        ParamRule("skip_gates", "adam", optim.scalar_lr),
+        ParamRule("backout", "adam", optim.scalar_lr),
+        ParamRule("bigram.table.weight", "adam", embed_lr),
+        ParamRule("bigram.proj.weight", "adam", optim.scalar_lr),
+        ParamRule("bigram.scale", "adam", optim.scalar_lr),
+        ParamRule("value_embed.table.weight", "adam", embed_lr),
+        ParamRule("value_embed.*", "adam", optim.scalar_lr),
+        ParamRule("*_smear.*", "adam", optim.scalar_lr),
         ParamRule("tok_emb.weight", "adam", embed_lr),
         ParamRule("head.weight", "adam", optim.head_lr),
     )
