@@ -131,6 +131,27 @@ class OptimConfig(Settings):
     """Decoupled weight decay of the blocks' matrices, times the learning rate; 0 = off."""
     grad_clip_norm: Annotated[float, Field(ge=0)] = 0.0
     """Global gradient norm bound; 0 = off."""
+    matrix_lr_late: Annotated[float, Field(ge=0)] = 0.0
+    """Muon learning rate of the second half of the blocks; 0 = matrix_lr."""
+    scalar_lr_late: Annotated[float, Field(ge=0)] = 0.0
+    """Adam learning rate of vectors and control tensors of the second half of the blocks; 0 =
+    scalar_lr. Those outside the blocks always take scalar_lr."""
+    muon_comm: Literal["all_reduce", "reduce_scatter"] = "all_reduce"
+    """How ranks share Muon's work. "all_reduce": every rank averages all gradients and keeps all
+    momentum. "reduce_scatter": a rank receives only the gradients of its share of each bank of
+    matrices, keeps only their momentum, and hands round the results."""
+    muon_momentum_warmup_frac: Fraction = 0.0
+    """Share of the budget over which Muon's momentum rises, in place of
+    muon_momentum_warmup_steps; 0 = by steps."""
+    weight_decay_ramp: Annotated[float, Field(ge=0)] = 0.0
+    """Added to weight_decay times (1 - learning-rate multiplier), so that decay grows while the
+    rate falls; 0 = constant."""
+    scalar_weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled weight decay of vectors and control tensors; 0 = off."""
+    embed_weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled weight decay of the embedding; 0 = off."""
+    head_weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled weight decay of an untied head; 0 = off."""
 
 
 class ScheduleConfig(Settings):

@@ -36,7 +36,7 @@ from trainer.optim import Optimizer, build_optimizer
 from trainer.pacer import StepPacer
 from trainer.quantize import dequantize, quantize
 from trainer.report import NullReporter, Reporter, TrainResult
-from trainer.schedule import lr_multiplier, muon_momentum
+from trainer.schedule import extra_weight_decay, lr_multiplier, muon_momentum
 
 
 def train(config: TrainConfig, reporter: Reporter, out: Path | None = None) -> TrainResult:
@@ -176,15 +176,11 @@ class Run:
             loss = self.forward(tokens, targets) / len(micro_batches)
             torch.autograd.backward(loss)
             total += loss.detach()
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        self.group.all_reduce_mean_([*gradients, total])
-        if self.config.optim.grad_clip_norm > 0:
-            torch.nn.utils.clip_grad_norm_(
-                self.model.parameters(), self.config.optim.grad_clip_norm, foreach=True
-            )
+        optim = self.config.optim
+        self.optimizer.average_gradients([total], optim.grad_clip_norm)
+        lr_mult = lr_multiplier(self.config.schedule, step, progress)
         self.optimizer.step(
-            lr_multiplier(self.config.schedule, step, progress),
-            muon_momentum(self.config.optim, step),
+            lr_mult, muon_momentum(optim, step, progress), extra_weight_decay(optim, lr_mult)
         )
         self.optimizer.zero_grad()
         return total
