@@ -27,7 +27,7 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-@dataclass(frozen=True)
+@dataclass
 class Pending:
     """The outcome of a collective that may still be on its way."""
 
@@ -39,7 +39,9 @@ class Pending:
     def wait(self) -> Tensor:
         """The outcome; on cuda the current stream waits for it, the host does not."""
         if self._work is not None:
+            # Once only: gloo writes the outcome at every wait, over what was done with it since.
             self._work.wait()
+            self._work = None
         return self._tensor
 
 
