@@ -265,6 +265,21 @@ class BudgetConfig(Settings):
     """Fewer steps within train_seconds than this make the run worthless; 0 = off."""
 
 
+class LossConfig(Settings):
+    """What training minimises. Scores are always the plain cross-entropy."""
+
+    kind: Literal["cross_entropy", "mile", "entropy", "entropy_published"] = "cross_entropy"
+    """"mile": tokens predicted with certainty count less, (1 - exp(-entropy))^gamma. "entropy":
+    uncertain tokens count more, weights of mean 1. "entropy_published": the same without that
+    normalisation, which inflates the loss and with it the step."""
+    mile_gamma: Annotated[float, Field(ge=0)] = 0.75
+    """Peak of MiLe's exponent, which follows the budget in a triangle from 0 to 0."""
+    mile_clamp_min: Fraction = 0.2
+    """Smallest weight of a token under MiLe."""
+    mile_peak_frac: Fraction = 0.4
+    """Share of the budget at which MiLe's exponent peaks."""
+
+
 class RuntimeConfig(Settings):
     """How, not what: nothing here should change a result beyond rounding. Outside the digest,
     except seed and dtype."""
@@ -299,6 +314,7 @@ class TrainConfig(Settings):
     evaluate: EvaluateConfig = EvaluateConfig()
     budget: BudgetConfig = BudgetConfig()
     runtime: RuntimeConfig = RuntimeConfig()
+    loss: LossConfig = LossConfig()
 
     @model_validator(mode="after")
     def _schedule_has_a_budget(self) -> Self:

@@ -31,6 +31,7 @@ from trainer.distributed import Group, join_group
 from trainer.errors import ArtifactError
 from trainer.evaluate.bits_per_byte import EvalResult, evaluate
 from trainer.evaluate.bits_per_byte import prime as prime_evaluation
+from trainer.loss import build_objective
 from trainer.model.gpt import GPT
 from trainer.optim import Optimizer, build_optimizer
 from trainer.pacer import StepPacer
@@ -170,10 +171,12 @@ class Run:
 
     def _step(self, step: int, progress: float) -> Tensor:
         """One optimiser step; returns the mean training loss over all workers, on the device."""
+        if self.model.objective is not None:
+            self.model.objective.set_progress(progress)
         micro_batches = self.loader.next_step()
         total = torch.zeros((), device=self.group.device)
         for tokens, targets in micro_batches:
-            loss = self.forward(tokens, targets) / len(micro_batches)
+            loss = self.forward(tokens, targets, reduction="objective") / len(micro_batches)
             torch.autograd.backward(loss)
             total += loss.detach()
         optim = self.config.optim
@@ -358,7 +361,9 @@ def build_model(config: TrainConfig, group: Group, log: Callable[[str], None]) -
     """
     attend = select_backend(config.runtime.attention, group.device.type, log)
     longest_row = max(config.data.seq_len, config.evaluate.seq_len)
-    model = GPT(config.model, attend, max_seq_len=longest_row).to(group.device)
+    model = GPT(config.model, attend, max_seq_len=longest_row)
+    model.objective = build_objective(config.loss)
+    model.to(group.device)
     model.compute_dtype = _compute_dtype(config, group.device)
     for parameter in model.parameters():
         group.broadcast_(parameter.data)
