@@ -280,6 +280,33 @@ class LossConfig(Settings):
     """Share of the budget at which MiLe's exponent peaks."""
 
 
+class AverageConfig(Settings):
+    """An average of the weights along the run, in fp32, in place of the last weights."""
+
+    kind: Literal["none", "ema", "swa", "lawa"] = "none"
+    """"ema": exponential average over every step. "swa": mean of the weights at every interval-th
+    step. "lawa": mean of the last `keep` such snapshots and the final weights."""
+    decay: Annotated[float, Field(ge=0, lt=1)] = 0.997
+    """What remains of EMA after a step. It remembers about 1 / (1 - decay) steps: lower it for
+    runs that are not much longer."""
+    interval: PositiveInt = 50
+    """Steps between the snapshots of SWA and LAWA."""
+    keep: Annotated[int, Field(ge=0)] = 0
+    """Snapshots that LAWA keeps, each as large as the model; 0 = all."""
+    start: Fraction = 0.0
+    """Share of the budget after which the average begins."""
+
+    @model_validator(mode="after")
+    def _it_begins(self) -> Self:
+        faults = []
+        if self.kind != "none" and self.start == 1:
+            faults.append(
+                f'average.kind = "{self.kind}" would never begin at average.start = 1; lower it, '
+                'or set average.kind = "none"'
+            )
+        return _raise_together(self, faults)
+
+
 class RuntimeConfig(Settings):
     """How, not what: nothing here should change a result beyond rounding. Outside the digest,
     except seed and dtype."""
@@ -315,6 +342,7 @@ class TrainConfig(Settings):
     budget: BudgetConfig = BudgetConfig()
     runtime: RuntimeConfig = RuntimeConfig()
     loss: LossConfig = LossConfig()
+    average: AverageConfig = AverageConfig()
 
     @model_validator(mode="after")
     def _schedule_has_a_budget(self) -> Self:

@@ -33,7 +33,7 @@ from trainer.evaluate.bits_per_byte import EvalResult, evaluate
 from trainer.evaluate.bits_per_byte import prime as prime_evaluation
 from trainer.loss import build_objective
 from trainer.model.gpt import GPT
-from trainer.optim import Optimizer, build_optimizer
+from trainer.optim import Optimizer, WeightAverage, build_average, build_optimizer
 from trainer.pacer import StepPacer
 from trainer.quantize import dequantize, quantize
 from trainer.report import NullReporter, Reporter, TrainResult
@@ -60,6 +60,7 @@ def train(config: TrainConfig, reporter: Reporter, out: Path | None = None) -> T
             run.loader.close()
         if reason is not None:
             return run.result(stop_reason=reason)
+        run.apply_average()
         prequant = run.score_prequant()
         size = run.pack(Path(out or scratch) / "artifact.bin")
         score = run.score_artifact(Path(out or scratch) / "artifact.bin")
@@ -94,6 +95,8 @@ class Run:
     steps: int = 0
     train_loss: float | None = None
     step_seconds: list[float] = field(default_factory=list)
+    stages: dict[str, float] = field(default_factory=dict)
+    average: WeightAverage | None = None
 
     @classmethod
     def build(cls, config: TrainConfig, reporter: Reporter, group: Group) -> Run:
@@ -148,6 +151,7 @@ class Run:
             loader,
             clock,
             timer,
+            average=build_average(config.average, model.state_dict()),
         )
 
     def prime(self) -> None:
@@ -203,7 +207,11 @@ class Run:
                 gate = self.clock.gate(0, reason is not None)
             if gate.stop or self.steps == config.budget.max_steps:
                 break
-            pacer.launched(self._step(step, self._progress(step, gate)))
+            progress = self._progress(step, gate)
+            loss = self._step(step, progress)
+            if self.average is not None:
+                self.average.update(progress)
+            pacer.launched(loss)
             self.steps += 1
             if config.runtime.val_every and self.steps % config.runtime.val_every == 0:
                 self._collect(pacer.drain())
@@ -273,12 +281,29 @@ class Run:
             self.forward, self.dataset, self.byte_table, self.config.evaluate, self.group
         )
 
+    def apply_average(self) -> None:
+        """Put the averaged weights, where there are any, in place of the last ones. Those are
+        scored before, as a diagnostic outside every budget."""
+        if self.average is None:
+            return
+        if not self.average.num_updates:
+            self.reporter.emit("log", line="average: the run ended before it began; not applied")
+            return
+        if self.config.evaluate.prequant:
+            with self.timer.phase("evaluate_trained"):
+                self.stages["trained"] = self._evaluate().val_bpb
+        with self.timer.phase("average"):
+            self.model.load_state_dict(self.average.result(), strict=False)
+        held = f"{self.average.num_updates} sets of weights"
+        self.reporter.emit("log", line=f"average: {self.config.average.kind} over {held}")
+
     def score_prequant(self) -> EvalResult | None:
         """Bits per byte of the weights in memory; None when switched off."""
         if not self.config.evaluate.prequant:
             return None
         with self.timer.phase("evaluate_prequant"):
             result = self._evaluate()
+        self.stages["averaged" if "trained" in self.stages else "trained"] = result.val_bpb
         self.reporter.emit(
             "val",
             step=self.steps,
@@ -327,7 +352,8 @@ class Run:
         size: PackedSize | None = None,
     ) -> TrainResult:
         """The outcome so far, equal on every rank but for the size, which rank 0 knows."""
-        names = ["build", "prime", "train", "validate", "evaluate_prequant"]
+        names = ["build", "prime", "train", "validate"]
+        names += ["evaluate_trained", "average", "evaluate_prequant"]
         names += ["quantize", "pack", "evaluate"]
         seconds = self.group.max_floats(*(self.timer.seconds.get(name, 0.0) for name in names))
         phases = {name: value for name, value in zip(names, seconds, strict=True) if value > 0}
@@ -345,6 +371,7 @@ class Run:
             val_loss=score.val_loss if score else None,
             val_bpb=score.val_bpb if score else None,
             val_bpb_prequant=prequant.val_bpb if prequant else None,
+            stages=self.stages,
             val_tokens=score.num_tokens if score else None,
             bytes_code=size.bytes_code if size else None,
             bytes_model=size.bytes_model if size else None,
