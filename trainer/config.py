@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from trainer.errors import ConfigError
+from trainer.mix import lanes_of, mix_faults
 
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -186,10 +187,31 @@ class DataConfig(Settings):
     val_tokens: Annotated[int, Field(ge=0)] = 0
     """Number of scored validation tokens that evaluation must find; 0 = whatever the data set has.
     A wrong count means a truncated or foreign validation set."""
+    mix: str = ""
+    """Rows of different lengths within a step, one lane for each of the workers it is written for:
+    "5x2048+3x6144" is five lanes with rows of 2048 tokens and three of 6144, each lane an equal
+    part of batch_tokens; "5x2048@36+3x6144@10" gives the rows of a lane. Fewer workers run several
+    lanes each. "" = off: all rows are of seq_len, which a mix does not use."""
+    mix_weighting: Literal["token", "worker"] = "token"
+    """What counts alike in the gradient of a mix: every token, or every lane's mean, as published.
+    The same unless lanes differ in tokens."""
+    loader: Literal["sequential", "shuffled", "coprime", "document"] = "sequential"
+    """Order of rows. "sequential": the stream as it is. "shuffled": every window of a row's length
+    once an epoch, at random. "coprime": windows in coprime strides, a few shards at a time.
+    "document": as sequential, but a shard starts at its first document and no step leaves it."""
+    train_split: Literal["train", "val", "both"] = "train"
+    """Text to train on. All but "train" is illegal on the golf tracks: for replays only."""
+
+    @property
+    def longest_row(self) -> int:
+        """Tokens of the longest training row."""
+        return max(lane.seq_len for lane in lanes_of(self))
 
     @model_validator(mode="after")
     def _batches_divide(self) -> Self:
-        faults = []
+        faults = mix_faults(self)
+        if self.mix:
+            return _raise_together(self, faults)
         if self.batch_tokens % self.seq_len:
             faults.append(
                 f"data.seq_len = {self.seq_len} does not divide data.batch_tokens = "

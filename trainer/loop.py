@@ -115,15 +115,7 @@ class Run:
                 torch.set_float32_matmul_precision("high")
                 torch.cuda.reset_peak_memory_stats()
             model = build_model(config, group, lambda line: reporter.emit("log", line=line))
-            loader = TrainLoader(
-                dataset,
-                config.data.seq_len,
-                config.data.batch_tokens,
-                config.data.micro_batch_tokens,
-                group.rank,
-                group.size,
-                device,
-            )
+            loader = TrainLoader.from_config(dataset, config, group)
             optimizer = build_optimizer(model, config, group)
         forward = (
             torch.compile(model, dynamic=False, fullgraph=True)
@@ -179,8 +171,8 @@ class Run:
             self.model.objective.set_progress(progress)
         micro_batches = self.loader.next_step()
         total = torch.zeros((), device=self.group.device)
-        for tokens, targets in micro_batches:
-            loss = self.forward(tokens, targets, reduction="objective") / len(micro_batches)
+        for (tokens, targets), divisor in zip(micro_batches, self.loader.divisors, strict=True):
+            loss = self.forward(tokens, targets, reduction="objective") / divisor
             torch.autograd.backward(loss)
             total += loss.detach()
         optim = self.config.optim
@@ -387,7 +379,7 @@ def build_model(config: TrainConfig, group: Group, log: Callable[[str], None]) -
     attention backend of runtime.attention cannot run here.
     """
     attend = select_backend(config.runtime.attention, group.device.type, log)
-    longest_row = max(config.data.seq_len, config.evaluate.seq_len)
+    longest_row = max(config.data.longest_row, config.evaluate.seq_len)
     model = GPT(config.model, attend, max_seq_len=longest_row)
     model.objective = build_objective(config.loss)
     model.to(group.device)
