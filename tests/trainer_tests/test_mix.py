@@ -16,10 +16,10 @@ from trainer.data.dataset import Dataset
 from trainer.data.loader import TrainLoader
 from trainer.distributed import Group
 from trainer.errors import ConfigError
-from trainer.loop import Run
+from trainer.loop import Run, train
 from trainer.mix import Lane, lanes_of, sharing_fault
 from trainer.recipes import RECIPES
-from trainer.report import NullReporter
+from trainer.report import NullReporter, TrainResult
 
 TRAIN = random_tokens(6000)
 CPU = torch.device("cpu")
@@ -237,3 +237,50 @@ def test_a_mix_of_one_length_is_the_batch_without_a_mix(folder: Path) -> None:
         torch.testing.assert_close(
             torch.tensor(other[name]), torch.tensor(value), rtol=1e-4, atol=1e-6
         )
+
+
+class Losses(NullReporter):
+    """Keeps the loss of every step."""
+
+    def __init__(self) -> None:
+        self.curve: list[float] = []
+
+    def emit(self, kind: str, **fields: Any) -> None:
+        if kind == "step":
+            self.curve.append(fields["train_loss"])
+
+
+def whole_run(group: Group, config: TrainConfig, out: Path) -> tuple[TrainResult, list[float]]:
+    reporter = Losses()
+    return train(config, reporter, out), reporter.curve
+
+
+def test_whole_runs_with_every_technique_agree_for_any_number_of_workers(
+    folder: Path, tmp_path: Path
+) -> None:
+    config = small_config(
+        folder,
+        **{
+            "optim.matrix_lr_late": 0.03,
+            "optim.scalar_lr_late": 0.02,
+            "optim.muon_comm": "reduce_scatter",
+            "optim.muon_momentum_warmup_frac": 0.2,
+            "optim.weight_decay": 0.02,
+            "optim.weight_decay_ramp": 0.06,
+            "optim.grad_clip_norm": 0.3,
+            "loss.kind": "mile",
+            "average.kind": "ema",
+            "average.decay": 0.7,
+            "data.loader": "shuffled",
+            "budget.max_steps": 8,
+        },
+    )
+    alone, curve = whole_run(Group(CPU), config, tmp_path / "one")
+    assert alone.stages.keys() >= {"trained", "averaged"}
+    assert alone.tokens == 8 * 168
+    without = whole_run(Group(CPU), config.with_overrides({"runtime.prime_steps": 0}), tmp_path)
+    assert without[1] == curve  # priming leaves no trace, in sharded momentum neither
+    (first, shared_curve), (second, _) = run_ranks(whole_run, 2, config, tmp_path / "two")
+    assert shared_curve == pytest.approx(curve, rel=1e-3)
+    assert first.val_bpb == second.val_bpb == pytest.approx(alone.val_bpb, rel=2e-3)
+    assert first.stages == second.stages == pytest.approx(alone.stages, rel=2e-3)
