@@ -150,9 +150,11 @@ class OptimConfig(Settings):
     scalar_weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decoupled weight decay of vectors and control tensors; 0 = off."""
     embed_weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """Decoupled weight decay of the embedding; 0 = off."""
+    """Decoupled weight decay of the embedding and other tables that tokens look up; 0 = off."""
     head_weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decoupled weight decay of an untied head; 0 = off."""
+    lora_lr: PositiveFloat = 0.04
+    """Adam learning rate of the adapters of shared blocks."""
 
 
 class ScheduleConfig(Settings):
@@ -203,9 +205,9 @@ class DataConfig(Settings):
     """Text to train on. All but "train" is illegal on the golf tracks: for replays only."""
 
     @property
-    def longest_row(self) -> int:
-        """Tokens of the longest training row."""
-        return max(lane.seq_len for lane in lanes_of(self))
+    def row_lengths(self) -> set[int]:
+        """Tokens of the training rows, each length once."""
+        return {lane.seq_len for lane in lanes_of(self)}
 
     @model_validator(mode="after")
     def _batches_divide(self) -> Self:

@@ -381,7 +381,7 @@ def build_model(config: TrainConfig, group: Group, log: Callable[[str], None]) -
     attention backend of runtime.attention cannot run here.
     """
     attend = select_backend(config.runtime.attention, group.device.type, log)
-    longest_row = max(config.data.longest_row, config.evaluate.seq_len)
+    longest_row = max(config.data.row_lengths | {config.evaluate.seq_len})
     model = GPT(config.model, attend, max_seq_len=longest_row)
     model.objective = build_objective(config.loss)
     model.to(group.device)

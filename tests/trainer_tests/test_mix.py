@@ -44,7 +44,7 @@ def test_a_mix_says_its_lanes(mix: str, batch: int, lanes: list[tuple[int, int]]
     data = with_mix(mix, batch).data
     assert lanes_of(data) == tuple(Lane(*lane) for lane in lanes)
     assert sum(lane.num_tokens for lane in lanes_of(data)) == batch
-    assert data.longest_row == max(length for length, _ in lanes)
+    assert data.row_lengths == {length for length, _ in lanes}
 
 
 def test_without_a_mix_there_is_one_lane() -> None:

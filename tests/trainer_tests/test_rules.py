@@ -91,3 +91,38 @@ def test_a_late_rate_that_is_not_given_is_the_early_one() -> None:
 
 def test_equal_halves_have_no_rows_of_their_own() -> None:
     assert all(rule.layers is None for rule in param_rules(TrainConfig()))
+
+
+@pytest.mark.parametrize(
+    ("name", "lr", "weight_decay"),
+    [
+        ("blocks.0.resid_lambdas", 5 * 0.020, 0.0),  # own group: five times the rate, no decay
+        ("blocks.8.resid_lambdas", 5 * 0.020, 0.0),
+        ("visits.3.lora.up.a", 0.07, 0.0),
+        ("visits.3.attn_scale", 0.020, 0.2),
+        ("skip_gates", 0.020, 0.2),
+        ("backout", 0.020, 0.2),
+        ("channel_smear.gate", 0.020, 0.2),
+        ("token_smear.scale", 0.020, 0.2),
+        ("bigram.table.weight", 0.022, 0.1),
+        ("bigram.proj.weight", 0.020, 0.2),
+        ("value_embed.table.weight", 0.022, 0.1),
+        ("value_embed.proj.weight", 0.020, 0.2),
+        ("blocks.8.attn.value_embed.scale", 0.038, 0.2),
+        ("blocks.1.attn.value_residual.gate", 0.020, 0.2),
+    ],
+)
+def test_treatment_of_what_techniques_add(name: str, lr: float, weight_decay: float) -> None:
+    config = TrainConfig().with_overrides(
+        {
+            "optim.scalar_lr": 0.020,
+            "optim.scalar_lr_late": 0.038,
+            "optim.scalar_weight_decay": 0.2,
+            "optim.tied_embed_lr": 0.022,
+            "optim.embed_weight_decay": 0.1,
+            "optim.lora_lr": 0.07,
+        }
+    )
+    rule = assign([name], param_rules(config))[name]
+    assert rule.optimizer == "adam"
+    assert (rule.lr, rule.weight_decay) == pytest.approx((lr, weight_decay))

@@ -117,16 +117,15 @@ def build_optimizer(model: nn.Module, config: TrainConfig, group: Group) -> Opti
 def _build_adam(
     params: dict[str, nn.Parameter], rules: dict[str, ParamRule], optim: OptimConfig
 ) -> torch.optim.Optimizer:
-    """Adam with one group for each rule. AdamW, so that a row's weight decay is decoupled, as it is
-    for Muon; without weight decay the two are one."""
-    rows = dict.fromkeys(rule for rule in rules.values() if rule.optimizer == "adam")
+    """Adam with one group for each pair of rate and decay. AdamW, so that a row's weight decay is
+    decoupled, as it is for Muon; without weight decay the two are one."""
+    alike: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, rule in rules.items():
+        if rule.optimizer == "adam":
+            alike.setdefault((rule.lr, rule.weight_decay), []).append(params[name])
     groups = [
-        {
-            "params": [params[name] for name, rule in rules.items() if rule == row],
-            "lr": row.lr,
-            "weight_decay": row.weight_decay,
-        }
-        for row in rows
+        {"params": members, "lr": lr, "weight_decay": decay}
+        for (lr, decay), members in alike.items()
     ]
     return torch.optim.AdamW(
         groups, betas=(optim.adam_beta1, optim.adam_beta2), eps=optim.adam_eps, fused=True
