@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from trainer.errors import ConfigError
 from trainer.layer_pattern import select_layers
+from trainer.mix import lanes_of, mix_faults
 
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -301,6 +302,29 @@ class OptimConfig(Settings):
     """Decoupled weight decay of the blocks' matrices, times the learning rate; 0 = off."""
     grad_clip_norm: Annotated[float, Field(ge=0)] = 0.0
     """Global gradient norm bound; 0 = off."""
+    matrix_lr_late: Annotated[float, Field(ge=0)] = 0.0
+    """Muon learning rate of the second half of the blocks; 0 = matrix_lr."""
+    scalar_lr_late: Annotated[float, Field(ge=0)] = 0.0
+    """Adam learning rate of vectors and control tensors of the second half of the blocks; 0 =
+    scalar_lr. Those outside the blocks always take scalar_lr."""
+    muon_comm: Literal["all_reduce", "reduce_scatter"] = "all_reduce"
+    """How ranks share Muon's work. "all_reduce": every rank averages all gradients and keeps all
+    momentum. "reduce_scatter": a rank receives only the gradients of its share of each bank of
+    matrices, keeps only their momentum, and hands round the results."""
+    muon_momentum_warmup_frac: Fraction = 0.0
+    """Share of the budget over which Muon's momentum rises, in place of
+    muon_momentum_warmup_steps; 0 = by steps."""
+    weight_decay_ramp: Annotated[float, Field(ge=0)] = 0.0
+    """Added to weight_decay times (1 - learning-rate multiplier), so that decay grows while the
+    rate falls; 0 = constant."""
+    scalar_weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled weight decay of vectors and control tensors; 0 = off."""
+    embed_weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled weight decay of the embedding and other tables that tokens look up; 0 = off."""
+    head_weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled weight decay of an untied head; 0 = off."""
+    lora_lr: PositiveFloat = 0.04
+    """Adam learning rate of the adapters of shared blocks."""
 
 
 class ScheduleConfig(Settings):
@@ -335,10 +359,31 @@ class DataConfig(Settings):
     val_tokens: Annotated[int, Field(ge=0)] = 0
     """Number of scored validation tokens that evaluation must find; 0 = whatever the data set has.
     A wrong count means a truncated or foreign validation set."""
+    mix: str = ""
+    """Rows of different lengths within a step, one lane for each of the workers it is written for:
+    "5x2048+3x6144" is five lanes with rows of 2048 tokens and three of 6144, each lane an equal
+    part of batch_tokens; "5x2048@36+3x6144@10" gives the rows of a lane. Fewer workers run several
+    lanes each. "" = off: all rows are of seq_len, which a mix does not use."""
+    mix_weighting: Literal["token", "worker"] = "token"
+    """What counts alike in the gradient of a mix: every token, or every lane's mean, as published.
+    The same unless lanes differ in tokens."""
+    loader: Literal["sequential", "shuffled", "coprime", "document"] = "sequential"
+    """Order of rows. "sequential": the stream as it is. "shuffled": every window of a row's length
+    once an epoch, at random. "coprime": windows in coprime strides, a few shards at a time.
+    "document": as sequential, but a shard starts at its first document and no step leaves it."""
+    train_split: Literal["train", "val", "both"] = "train"
+    """Text to train on. All but "train" is illegal on the golf tracks: for replays only."""
+
+    @property
+    def row_lengths(self) -> set[int]:
+        """Tokens of the training rows, each length once."""
+        return {lane.seq_len for lane in lanes_of(self)}
 
     @model_validator(mode="after")
     def _batches_divide(self) -> Self:
-        faults = []
+        faults = mix_faults(self)
+        if self.mix:
+            return _raise_together(self, faults)
         if self.batch_tokens % self.seq_len:
             faults.append(
                 f"data.seq_len = {self.seq_len} does not divide data.batch_tokens = "
@@ -414,6 +459,48 @@ class BudgetConfig(Settings):
     """Fewer steps within train_seconds than this make the run worthless; 0 = off."""
 
 
+class LossConfig(Settings):
+    """What training minimises. Scores are always the plain cross-entropy."""
+
+    kind: Literal["cross_entropy", "mile", "entropy", "entropy_published"] = "cross_entropy"
+    """"mile": tokens predicted with certainty count less, (1 - exp(-entropy))^gamma. "entropy":
+    uncertain tokens count more, weights of mean 1. "entropy_published": the same without that
+    normalisation, which inflates the loss and with it the step."""
+    mile_gamma: Annotated[float, Field(ge=0)] = 0.75
+    """Peak of MiLe's exponent, which follows the budget in a triangle from 0 to 0."""
+    mile_clamp_min: Fraction = 0.2
+    """Smallest weight of a token under MiLe."""
+    mile_peak_frac: Fraction = 0.4
+    """Share of the budget at which MiLe's exponent peaks."""
+
+
+class AverageConfig(Settings):
+    """An average of the weights along the run, in fp32, in place of the last weights."""
+
+    kind: Literal["none", "ema", "swa", "lawa"] = "none"
+    """"ema": exponential average over every step. "swa": mean of the weights at every interval-th
+    step. "lawa": mean of the last `keep` such snapshots and the final weights."""
+    decay: Annotated[float, Field(ge=0, lt=1)] = 0.997
+    """What remains of EMA after a step. It remembers about 1 / (1 - decay) steps: lower it for
+    runs that are not much longer."""
+    interval: PositiveInt = 50
+    """Steps between the snapshots of SWA and LAWA."""
+    keep: Annotated[int, Field(ge=0)] = 0
+    """Snapshots that LAWA keeps, each as large as the model; 0 = all."""
+    start: Fraction = 0.0
+    """Share of the budget after which the average begins."""
+
+    @model_validator(mode="after")
+    def _it_begins(self) -> Self:
+        faults = []
+        if self.kind != "none" and self.start == 1:
+            faults.append(
+                f'average.kind = "{self.kind}" would never begin at average.start = 1; lower it, '
+                'or set average.kind = "none"'
+            )
+        return _raise_together(self, faults)
+
+
 class RuntimeConfig(Settings):
     """How, not what: nothing here should change a result beyond rounding. Outside the digest,
     except seed and dtype."""
@@ -448,6 +535,8 @@ class TrainConfig(Settings):
     evaluate: EvaluateConfig = EvaluateConfig()
     budget: BudgetConfig = BudgetConfig()
     runtime: RuntimeConfig = RuntimeConfig()
+    loss: LossConfig = LossConfig()
+    average: AverageConfig = AverageConfig()
 
     @model_validator(mode="after")
     def _schedule_has_a_budget(self) -> Self:

@@ -31,12 +31,14 @@ from trainer.distributed import Group, join_group
 from trainer.errors import ArtifactError
 from trainer.evaluate.bits_per_byte import EvalResult, evaluate
 from trainer.evaluate.bits_per_byte import prime as prime_evaluation
+from trainer.legality import illegal_techniques
+from trainer.loss import build_objective
 from trainer.model.gpt import GPT
-from trainer.optim import Optimizer, build_optimizer
+from trainer.optim import Optimizer, WeightAverage, build_average, build_optimizer
 from trainer.pacer import StepPacer
 from trainer.quantize import dequantize, quantize
 from trainer.report import NullReporter, Reporter, TrainResult
-from trainer.schedule import lr_multiplier, muon_momentum
+from trainer.schedule import extra_weight_decay, lr_multiplier, muon_momentum
 
 
 def train(config: TrainConfig, reporter: Reporter, out: Path | None = None) -> TrainResult:
@@ -59,6 +61,7 @@ def train(config: TrainConfig, reporter: Reporter, out: Path | None = None) -> T
             run.loader.close()
         if reason is not None:
             return run.result(stop_reason=reason)
+        run.apply_average()
         prequant = run.score_prequant()
         size = run.pack(Path(out or scratch) / "artifact.bin")
         score = run.score_artifact(Path(out or scratch) / "artifact.bin")
@@ -93,6 +96,8 @@ class Run:
     steps: int = 0
     train_loss: float | None = None
     step_seconds: list[float] = field(default_factory=list)
+    stages: dict[str, float] = field(default_factory=dict)
+    average: WeightAverage | None = None
 
     @classmethod
     def build(cls, config: TrainConfig, reporter: Reporter, group: Group) -> Run:
@@ -111,15 +116,7 @@ class Run:
                 torch.set_float32_matmul_precision("high")
                 torch.cuda.reset_peak_memory_stats()
             model = build_model(config, group, lambda line: reporter.emit("log", line=line))
-            loader = TrainLoader(
-                dataset,
-                config.data.seq_len,
-                config.data.batch_tokens,
-                config.data.micro_batch_tokens,
-                group.rank,
-                group.size,
-                device,
-            )
+            loader = TrainLoader.from_config(dataset, config, group)
             optimizer = build_optimizer(model, config, group)
         forward = (
             torch.compile(model, dynamic=False, fullgraph=True)
@@ -147,6 +144,7 @@ class Run:
             loader,
             clock,
             timer,
+            average=build_average(config.average, model.state_dict()),
         )
 
     def prime(self) -> None:
@@ -170,21 +168,19 @@ class Run:
 
     def _step(self, step: int, progress: float) -> Tensor:
         """One optimiser step; returns the mean training loss over all workers, on the device."""
+        if self.model.objective is not None:
+            self.model.objective.set_progress(progress)
         micro_batches = self.loader.next_step()
         total = torch.zeros((), device=self.group.device)
-        for tokens, targets in micro_batches:
-            loss = self.forward(tokens, targets) / len(micro_batches)
+        for (tokens, targets), divisor in zip(micro_batches, self.loader.divisors, strict=True):
+            loss = self.forward(tokens, targets, reduction="objective") / divisor
             torch.autograd.backward(loss)
             total += loss.detach()
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        self.group.all_reduce_mean_([*gradients, total])
-        if self.config.optim.grad_clip_norm > 0:
-            torch.nn.utils.clip_grad_norm_(
-                self.model.parameters(), self.config.optim.grad_clip_norm, foreach=True
-            )
+        optim = self.config.optim
+        self.optimizer.average_gradients([total], optim.grad_clip_norm)
+        lr_mult = lr_multiplier(self.config.schedule, step, progress)
         self.optimizer.step(
-            lr_multiplier(self.config.schedule, step, progress),
-            muon_momentum(self.config.optim, step),
+            lr_mult, muon_momentum(optim, step, progress), extra_weight_decay(optim, lr_mult)
         )
         self.optimizer.zero_grad()
         return total
@@ -204,7 +200,11 @@ class Run:
                 gate = self.clock.gate(0, reason is not None)
             if gate.stop or self.steps == config.budget.max_steps:
                 break
-            pacer.launched(self._step(step, self._progress(step, gate)))
+            progress = self._progress(step, gate)
+            loss = self._step(step, progress)
+            if self.average is not None:
+                self.average.update(progress)
+            pacer.launched(loss)
             self.steps += 1
             if config.runtime.val_every and self.steps % config.runtime.val_every == 0:
                 self._collect(pacer.drain())
@@ -274,12 +274,29 @@ class Run:
             self.forward, self.dataset, self.byte_table, self.config.evaluate, self.group
         )
 
+    def apply_average(self) -> None:
+        """Put the averaged weights, where there are any, in place of the last ones. Those are
+        scored before, as a diagnostic outside every budget."""
+        if self.average is None:
+            return
+        if not self.average.num_updates:
+            self.reporter.emit("log", line="average: the run ended before it began; not applied")
+            return
+        if self.config.evaluate.prequant:
+            with self.timer.phase("evaluate_trained"):
+                self.stages["trained"] = self._evaluate().val_bpb
+        with self.timer.phase("average"):
+            self.model.load_state_dict(self.average.result(), strict=False)
+        held = f"{self.average.num_updates} sets of weights"
+        self.reporter.emit("log", line=f"average: {self.config.average.kind} over {held}")
+
     def score_prequant(self) -> EvalResult | None:
         """Bits per byte of the weights in memory; None when switched off."""
         if not self.config.evaluate.prequant:
             return None
         with self.timer.phase("evaluate_prequant"):
             result = self._evaluate()
+        self.stages["averaged" if "trained" in self.stages else "trained"] = result.val_bpb
         self.reporter.emit(
             "val",
             step=self.steps,
@@ -328,7 +345,8 @@ class Run:
         size: PackedSize | None = None,
     ) -> TrainResult:
         """The outcome so far, equal on every rank but for the size, which rank 0 knows."""
-        names = ["build", "prime", "train", "validate", "evaluate_prequant"]
+        names = ["build", "prime", "train", "validate"]
+        names += ["evaluate_trained", "average", "evaluate_prequant"]
         names += ["quantize", "pack", "evaluate"]
         seconds = self.group.max_floats(*(self.timer.seconds.get(name, 0.0) for name in names))
         phases = {name: value for name, value in zip(names, seconds, strict=True) if value > 0}
@@ -346,11 +364,13 @@ class Run:
             val_loss=score.val_loss if score else None,
             val_bpb=score.val_bpb if score else None,
             val_bpb_prequant=prequant.val_bpb if prequant else None,
+            stages=self.stages,
             val_tokens=score.num_tokens if score else None,
             bytes_code=size.bytes_code if size else None,
             bytes_model=size.bytes_model if size else None,
             artifact_sha256=size.sha256 if size else None,
             peak_memory_bytes=int(self.group.max_float(_peak_memory(self.group.device))),
+            illegal=illegal_techniques(self.config),
         )
 
 
@@ -363,8 +383,10 @@ def build_model(config: TrainConfig, group: Group, log: Callable[[str], None]) -
     attend = select_backend(
         config.runtime.attention, group.device.type, log, windowed=config.model.window > 0
     )
-    row_lengths = {config.data.seq_len, config.evaluate.seq_len}
-    model = GPT(config.model, attend, max(row_lengths), row_lengths).to(group.device)
+    row_lengths = config.data.row_lengths | {config.evaluate.seq_len}
+    model = GPT(config.model, attend, max(row_lengths), row_lengths)
+    model.objective = build_objective(config.loss)
+    model.to(group.device)
     model.compute_dtype = _compute_dtype(config, group.device)
     for parameter in model.parameters():
         group.broadcast_(parameter.data)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from trainer.attention import Attend
 from trainer.config import ModelConfig
+from trainer.loss import Objective
 from trainer.model.attention import Context
 from trainer.model.block import Block
 from trainer.model.embedding import BigramHash, ChannelSmear, TokenSmear, ValueTable
@@ -31,7 +32,8 @@ MAX_SEQ_LEN = 8192
 
 
 class GPT(nn.Module):
-    """Parameters are fp32; activations run in `compute_dtype`, which the builder sets.
+    """Parameters are fp32; activations run in `compute_dtype`, which the builder sets, as it does
+    `objective`, what training minimises (None = the mean cross-entropy).
 
     Initial weights come from torch's global generator of the device that is current: seed it
     before. Traces as one graph (`torch.compile(model, fullgraph=True, dynamic=False)`).
@@ -52,6 +54,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.compute_dtype = torch.float32
+        self.objective: Objective | None = None
         self.tok_emb = nn.Embedding(config.vocab_size, config.model_dim)
         if config.tie_embeddings:
             nn.init.normal_(self.tok_emb.weight, std=config.tied_embed_init_std)
@@ -72,15 +75,22 @@ class GPT(nn.Module):
         self,
         tokens_BT: Tensor,
         targets_BT: Tensor,
-        reduction: Literal["mean", "none"] = "mean",
+        reduction: Literal["mean", "none", "objective"] = "mean",
     ) -> Tensor:
         """Cross-entropy of the targets in nats, fp32: the mean, or one value per token [B, T].
 
         Args:
             tokens_BT: int64 inputs, at most max_seq_len in a row.
             targets_BT: int64 tokens to predict, the inputs moved on by one.
+            reduction: "objective" is the scalar that training minimises; the other two never have
+                an objective's weights on the tokens.
         """
         logits_BTV = self.logits(tokens_BT)
+        if reduction == "objective":
+            if self.objective is not None:
+                objective: Tensor = self.objective(logits_BTV, targets_BT)
+                return objective
+            reduction = "mean"
         loss = F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), reduction=reduction)
         return loss if reduction == "mean" else loss.view_as(targets_BT)
 

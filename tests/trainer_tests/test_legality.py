@@ -1,0 +1,58 @@
+"""The table of what some tracks forbid, against the tracks, and in the result of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from search_spaces.tracks import TRACKS
+from tests.trainer_tests.small_data import VOCAB_SIZE, random_tokens, write_folder
+from trainer.config import TrainConfig
+from trainer.legality import ILLEGAL, illegal_techniques
+from trainer.loop import train
+from trainer.recipes import RECIPES
+from trainer.report import NullReporter
+
+
+def test_the_table_names_tracks_that_exist() -> None:
+    for row in ILLEGAL:
+        assert row.forbidden_on and set(row.forbidden_on) <= set(TRACKS), row.name
+        assert row.reason
+    assert len({row.name for row in ILLEGAL}) == len(ILLEGAL)
+
+
+def test_nothing_is_illegal_unless_it_is_switched_on() -> None:
+    assert illegal_techniques(TrainConfig()) == {}
+
+
+@pytest.mark.parametrize("split", ["val", "both"])
+def test_training_on_validation_text_is_forbidden_on_the_golf_tracks(split: str) -> None:
+    config = TrainConfig().with_overrides({"data.train_split": split})
+    (tracks,) = illegal_techniques(config).values()
+    assert {"golf-10min-16mb", "golf-unlimited-16mb"} <= set(tracks)
+
+
+@pytest.mark.parametrize("split", ["train", "both"])
+def test_a_run_says_what_it_used(split: str, tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "data", random_tokens(3000), random_tokens(300, 1))
+    config = (
+        RECIPES["tiny"]
+        .build()
+        .with_overrides(
+            {
+                "model.vocab_size": VOCAB_SIZE,
+                "model.num_layers": 1,
+                "model.model_dim": 16,
+                "model.num_heads": 2,
+                "data.dir": str(folder),
+                "data.batch_tokens": 256,
+                "data.train_split": split,
+                "schedule.progress": "steps",
+                "budget.max_steps": 1,
+                "budget.train_seconds": None,
+            }
+        )
+    )
+    result = train(config, NullReporter(), tmp_path)
+    assert list(result.illegal) == ([] if split == "train" else ["validation_training"])
