@@ -227,6 +227,32 @@ class EvaluateConfig(Settings):
     """Tokens per forward pass of one worker."""
     prequant: bool = True
     """Also score the weights before quantisation; a diagnostic outside every budget."""
+    stride: Annotated[int, Field(ge=0)] = 0
+    """Step of sliding windows of seq_len tokens: every window but the first scores only its last
+    `stride` targets, so that each has at least seq_len - stride tokens before it. Time grows by
+    seq_len / stride. 0 = off: rows side by side, as stride = seq_len."""
+    stages: bool = False
+    """Also score the artifact in plain rows when the score is made otherwise; a diagnostic outside
+    every budget."""
+
+    @model_validator(mode="after")
+    def _every_target_is_scored(self) -> Self:
+        faults = []
+        if self.stride > self.seq_len:
+            faults.append(
+                f"evaluate.stride = {self.stride} is above evaluate.seq_len = {self.seq_len}: "
+                "targets between windows would not be scored; lower it, or 0 for plain rows"
+            )
+        return _raise_together(self, faults)
+
+    @property
+    def method(self) -> str:
+        """What the score is made with, in the words of TrainResult.stages."""
+        return "sliding" if self.stride else "quantized"
+
+    def plain(self) -> EvaluateConfig:
+        """The same rows without anything that adds to a plain forward pass: for diagnostics."""
+        return self.model_copy(update={"stride": 0})
 
 
 class BudgetConfig(Settings):

@@ -23,7 +23,7 @@ from trainer import artifact
 from trainer.attention import select_backend
 from trainer.clock import BudgetClock, Gate, PhaseTimer
 from trainer.code import packed_code
-from trainer.config import TrainConfig
+from trainer.config import EvaluateConfig, TrainConfig
 from trainer.data.byte_table import ByteTable
 from trainer.data.dataset import Dataset
 from trainer.data.loader import TrainLoader
@@ -93,6 +93,7 @@ class Run:
     steps: int = 0
     train_loss: float | None = None
     step_seconds: list[float] = field(default_factory=list)
+    stages: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def build(cls, config: TrainConfig, reporter: Reporter, group: Group) -> Run:
@@ -259,7 +260,7 @@ class Run:
         """Score the present weights outside the clock, for the curve."""
         self.clock.stop()
         with self.timer.phase("validate"):
-            result = self._evaluate()
+            result = self._evaluate(self.config.evaluate.plain())
         self.reporter.emit(
             "val",
             step=self.steps,
@@ -269,17 +270,16 @@ class Run:
         )
         self.clock.start()
 
-    def _evaluate(self) -> EvalResult:
-        return evaluate(
-            self.forward, self.dataset, self.byte_table, self.config.evaluate, self.group
-        )
+    def _evaluate(self, config: EvaluateConfig) -> EvalResult:
+        return evaluate(self.forward, self.dataset, self.byte_table, config, self.group)
 
     def score_prequant(self) -> EvalResult | None:
-        """Bits per byte of the weights in memory; None when switched off."""
+        """Bits per byte of the weights in memory, in plain rows; None when switched off."""
         if not self.config.evaluate.prequant:
             return None
         with self.timer.phase("evaluate_prequant"):
-            result = self._evaluate()
+            result = self._evaluate(self.config.evaluate.plain())
+        self.stages["trained"] = result.val_bpb
         self.reporter.emit(
             "val",
             step=self.steps,
@@ -314,11 +314,22 @@ class Run:
 
     def score_artifact(self, path: Path) -> EvalResult:
         """Bits per byte of the file: read it back, decode, load, evaluate on all ranks."""
+        config = self.config.evaluate
+        if config.stages and config != config.plain():
+            with self.timer.phase("evaluate_stages"):
+                self._load(path)
+                self.stages["quantized"] = self._evaluate(config.plain()).val_bpb
         with self.timer.phase("evaluate"):
-            blob = artifact.read(path) if self.group.is_main else None
-            _, quantized = artifact.decode(self.group.broadcast_bytes(blob))
-            self.model.load_state_dict(dequantize(quantized))
-            return self._evaluate()
+            self._load(path)
+            score = self._evaluate(config)
+        self.stages[config.method] = score.val_bpb
+        return score
+
+    def _load(self, path: Path) -> None:
+        """Put the weights of the file that rank 0 reads into the model of every rank."""
+        blob = artifact.read(path) if self.group.is_main else None
+        _, quantized = artifact.decode(self.group.broadcast_bytes(blob))
+        self.model.load_state_dict(dequantize(quantized))
 
     def result(
         self,
@@ -328,8 +339,8 @@ class Run:
         size: PackedSize | None = None,
     ) -> TrainResult:
         """The outcome so far, equal on every rank but for the size, which rank 0 knows."""
-        names = ["build", "prime", "train", "validate", "evaluate_prequant"]
-        names += ["quantize", "pack", "evaluate"]
+        names = ["build", "prime", "train", "calibrate", "validate", "evaluate_prequant"]
+        names += ["quantize", "pack", "evaluate_stages", "evaluate"]
         seconds = self.group.max_floats(*(self.timer.seconds.get(name, 0.0) for name in names))
         phases = {name: value for name, value in zip(names, seconds, strict=True) if value > 0}
         return TrainResult(
@@ -346,6 +357,7 @@ class Run:
             val_loss=score.val_loss if score else None,
             val_bpb=score.val_bpb if score else None,
             val_bpb_prequant=prequant.val_bpb if prequant else None,
+            stages=self.stages,
             val_tokens=score.num_tokens if score else None,
             bytes_code=size.bytes_code if size else None,
             bytes_model=size.bytes_model if size else None,

@@ -252,3 +252,19 @@ def test_the_files_that_a_run_leaves(configure: Callable[..., TrainConfig], tmp_
         record["name"]: record["seconds"] for record in records if record["kind"] == "phase"
     } == (pytest.approx(result.phases))
     assert "val_bpb" in (tmp_path / "train.log").read_text()
+
+
+def test_sliding_windows_make_the_score_and_every_stage_is_recorded(
+    configure: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    plain = train(configure(), NullReporter(), tmp_path / "plain")
+    sliding = train(
+        configure(**{"evaluate.stride": 8, "evaluate.stages": True}),
+        NullReporter(),
+        tmp_path / "sliding",
+    )
+    assert plain.stages == {"trained": plain.val_bpb_prequant, "quantized": plain.val_bpb}
+    assert sliding.stages == {**plain.stages, "sliding": sliding.val_bpb}
+    assert sliding.val_bpb != plain.val_bpb and sliding.val_tokens == plain.val_tokens
+    assert {"evaluate_stages", "evaluate"} <= set(sliding.phases)
+    assert "evaluate_stages" not in plain.phases
