@@ -198,22 +198,33 @@ class QuantizeConfig(Settings):
     1 share one coarse step; 1/127 replays it."""
 
 
+CODEC_LEVELS = {"zlib": (0, 9), "brotli": (0, 11), "lzma": (0, 9), "zstd": (1, 22)}
+"""Lowest and highest effort of each entropy coder."""
+
+
 class CompressConfig(Settings):
     """How quantised weights become bytes."""
 
-    codec: Literal["zlib", "brotli"] = "zlib"
+    codec: Literal["zlib", "brotli", "lzma", "zstd"] = "zlib"
     """Entropy coder."""
-    level: Annotated[int, Field(ge=0, le=11)] = 9
-    """Effort: 0..9 for zlib, 0..11 for brotli."""
+    level: Annotated[int, Field(ge=0, le=22)] = 9
+    """Effort: 0..9 for zlib and lzma, 0..11 for brotli, 1..22 for zstd."""
     byte_shuffle: bool = False
     """Group bytes of equal significance before coding."""
 
     @model_validator(mode="after")
     def _level_exists(self) -> Self:
         faults = []
-        if self.codec == "zlib" and self.level > 9:
+        lowest, highest = CODEC_LEVELS[self.codec]
+        if self.level > highest:
             faults.append(
-                f"compress.level = {self.level} is above 9, the highest of zlib; lower it"
+                f"compress.level = {self.level} is above {highest}, the highest of {self.codec}; "
+                "lower it"
+            )
+        elif self.level < lowest:
+            faults.append(
+                f"compress.level = {self.level} is below {lowest}, the lowest of {self.codec}; "
+                "raise it"
             )
         return _raise_together(self, faults)
 
