@@ -21,6 +21,7 @@ from torch import Tensor
 
 from trainer import artifact
 from trainer.attention import select_backend
+from trainer.calibrate import calibrate, check_calibration
 from trainer.clock import BudgetClock, Gate, PhaseTimer
 from trainer.code import packed_code
 from trainer.config import EvaluateConfig, TrainConfig
@@ -34,7 +35,8 @@ from trainer.evaluate.bits_per_byte import prime as prime_evaluation
 from trainer.model.gpt import GPT
 from trainer.optim import Optimizer, build_optimizer
 from trainer.pacer import StepPacer
-from trainer.quantize import dequantize, quantize
+from trainer.quantize import coded_names, dequantize, quantize
+from trainer.quantize.aware import QuantizationAware
 from trainer.report import NullReporter, Reporter, TrainResult
 from trainer.schedule import lr_multiplier, muon_momentum
 
@@ -55,6 +57,8 @@ def train(config: TrainConfig, reporter: Reporter, out: Path | None = None) -> T
         try:
             run.prime()
             reason = run.train_to_budget()
+            if reason is None:
+                run.calibrate()
         finally:
             run.loader.close()
         if reason is not None:
@@ -90,9 +94,11 @@ class Run:
     loader: TrainLoader
     clock: BudgetClock
     timer: PhaseTimer
+    aware: QuantizationAware
     steps: int = 0
     train_loss: float | None = None
     step_seconds: list[float] = field(default_factory=list)
+    hessians: dict[str, Tensor] = field(default_factory=dict)
     stages: dict[str, float] = field(default_factory=dict)
 
     @classmethod
@@ -106,6 +112,7 @@ class Run:
         with timer.phase("build"):
             dataset = Dataset.open(config.data.dir, config.model.vocab_size)
             dataset.check_scored_tokens(config.evaluate.seq_len, config.data.val_tokens)
+            check_calibration(config, dataset)
             byte_table = ByteTable.from_tokenizer(dataset.tokenizer_path, config.model.vocab_size)
             torch.manual_seed(config.runtime.seed)
             if device.type == "cuda":
@@ -135,7 +142,7 @@ class Run:
             total_tokens_per_step=config.data.batch_tokens,
             data_digest=dataset.digest,
         )
-        clock = BudgetClock(config.budget.train_seconds, group)
+        clock = BudgetClock(config.step_seconds, group)
         return cls(
             config,
             reporter,
@@ -148,6 +155,7 @@ class Run:
             loader,
             clock,
             timer,
+            QuantizationAware(model, config.quantize),
         )
 
     def prime(self) -> None:
@@ -164,6 +172,8 @@ class Run:
                 pacer.launched(self._step(step, 0.0))
                 pacer.drain()
             self.clock.expect_step(self.clock.now() - started)
+            if self.config.quantize.method == "gptq":
+                calibrate(self.config, self.model, self.loader, self.group, prime=True)
             self.model.load_state_dict(weights)
             self.optimizer.load_state_dict(optimizer_state)
             self.loader.load_state_dict(position)
@@ -173,10 +183,11 @@ class Run:
         """One optimiser step; returns the mean training loss over all workers, on the device."""
         micro_batches = self.loader.next_step()
         total = torch.zeros((), device=self.group.device)
-        for tokens, targets in micro_batches:
-            loss = self.forward(tokens, targets) / len(micro_batches)
-            torch.autograd.backward(loss)
-            total += loss.detach()
+        with self.aware.weights(progress):
+            for tokens, targets in micro_batches:
+                loss = self.forward(tokens, targets) / len(micro_batches)
+                torch.autograd.backward(loss)
+                total += loss.detach()
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         self.group.all_reduce_mean_([*gradients, total])
         if self.config.optim.grad_clip_norm > 0:
@@ -223,8 +234,8 @@ class Run:
         if self.config.schedule.progress == "steps":
             assert budget.max_steps is not None
             return step / budget.max_steps
-        assert budget.train_seconds is not None
-        return min(1.0, gate.elapsed_s / budget.train_seconds)
+        assert self.config.step_seconds is not None
+        return min(1.0, gate.elapsed_s / self.config.step_seconds)
 
     def _not_finite(self) -> str | None:
         if self.train_loss is None or torch.isfinite(torch.tensor(self.train_loss)):
@@ -244,7 +255,7 @@ class Run:
         recent = self.step_seconds[-self.config.runtime.log_every :]
         seconds = statistics.fmean(recent)
         elapsed = self.clock.elapsed()
-        cap = self.config.budget.train_seconds
+        cap = self.config.step_seconds
         max_steps = self.config.budget.max_steps
         self.reporter.emit(
             "step",
@@ -269,6 +280,19 @@ class Run:
             val_bpb=result.val_bpb,
         )
         self.clock.start()
+
+    def calibrate(self) -> None:
+        """Collect what GPTQ needs to know of the final weights' inputs. It reads training data or
+        writes text with the model, so it counts against budget.train_seconds."""
+        if self.config.quantize.method != "gptq":
+            return
+        with self.timer.phase("calibrate"):
+            self.hessians = calibrate(self.config, self.model, self.loader, self.group)
+        missing = set(coded_names(dict(self.model.named_parameters()), self.config.quantize))
+        missing -= set(self.hessians)
+        if missing:
+            names = ", ".join(sorted(missing))
+            self.reporter.emit("log", line=f"gptq: rounded, as no linear product uses it: {names}")
 
     def _evaluate(self, config: EvaluateConfig) -> EvalResult:
         return evaluate(self.forward, self.dataset, self.byte_table, config, self.group)
@@ -306,7 +330,12 @@ class Run:
 
     def _write_artifact(self, path: Path) -> PackedSize:
         with self.timer.phase("quantize"):
-            quantized = quantize(self.model.state_dict(), self.config.quantize)
+            quantized = quantize(
+                self.model.state_dict(),
+                self.config.quantize,
+                self.hessians,
+                lambda line: self.reporter.emit("log", line=line),
+            )
         with self.timer.phase("pack"):
             blob = artifact.encode(quantized, self.config)
             artifact.write(path, blob)
