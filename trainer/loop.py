@@ -32,6 +32,8 @@ from trainer.distributed import Group, join_group
 from trainer.errors import ArtifactError
 from trainer.evaluate.bits_per_byte import EvalResult, evaluate
 from trainer.evaluate.bits_per_byte import prime as prime_evaluation
+from trainer.evaluate.naive_ttt import train_on_validation
+from trainer.legality import illegal_in_use
 from trainer.model.gpt import GPT
 from trainer.optim import Optimizer, build_optimizer
 from trainer.pacer import StepPacer
@@ -350,6 +352,15 @@ class Run:
                 self.stages["quantized"] = self._evaluate(config.plain()).val_bpb
         with self.timer.phase("evaluate"):
             self._load(path)
+            if config.naive_ttt_epochs:
+                train_on_validation(
+                    self.forward,
+                    self.model.parameters(),
+                    self.dataset,
+                    config,
+                    self.config.data.micro_batch_tokens,
+                    self.group,
+                )
             score = self._evaluate(config)
         self.stages[config.method] = score.val_bpb
         return score
@@ -391,6 +402,7 @@ class Run:
             bytes_code=size.bytes_code if size else None,
             bytes_model=size.bytes_model if size else None,
             artifact_sha256=size.sha256 if size else None,
+            illegal=illegal_in_use(self.config),
             peak_memory_bytes=int(self.group.max_float(_peak_memory(self.group.device))),
         )
 

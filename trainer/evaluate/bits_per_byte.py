@@ -28,6 +28,7 @@ from trainer.config import EvaluateConfig
 from trainer.data.byte_table import ByteTable
 from trainer.data.dataset import Dataset
 from trainer.distributed import Group
+from trainer.evaluate.ngram_cache import NgramCache
 from trainer.evaluate.windows import Windows, plan_windows
 
 Progress = Callable[[int, int], None]
@@ -73,6 +74,7 @@ def evaluate(
     dataset.check_scored_tokens(config.seq_len, expected=0)
     windows = plan_windows(dataset, config, group)
     tokens = windows.padded(dataset.read_val())
+    cache = NgramCache.of(tokens, windows.num_targets, config, group.device)
     table = byte_table.to(group.device)
     sums = torch.zeros(3, dtype=torch.float64, device=group.device)
     with torch.inference_mode():
@@ -80,6 +82,8 @@ def evaluate(
             x_BT, y_BT, num_rows = windows.rows(tokens, batch, group.device)
             counted_BT = windows.counted(batch, group.device)
             loss_BT = model(x_BT, y_BT, reduction="none")[:num_rows]
+            if cache is not None:
+                loss_BT = cache.mix(loss_BT, windows.targets(batch, group.device))
             bytes_BT = table.count(x_BT[:num_rows], y_BT[:num_rows])
             sums[0] += torch.where(counted_BT, loss_BT.double(), 0.0).sum()
             sums[1] += counted_BT.sum()
