@@ -24,6 +24,8 @@ from trainer.mix import lanes_of, mix_faults
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Bits = Literal[0, 5, 6, 8]
+"""Widths of codes for which there is a kernel; 0 = as something else says."""
 S = TypeVar("S", bound="Settings")
 
 
@@ -406,29 +408,91 @@ class QuantizeConfig(Settings):
     """Percentile of |w| in a row that becomes the largest code."""
     keep_float_max_numel: Annotated[int, Field(ge=0)] = 65_536
     """Tensors of at most this many elements stay 16-bit floats (control tensors 32-bit)."""
-    embed_bits: Literal[0, 6, 8] = 0
+    embed_bits: Bits = 0
     """Bits of the token embedding; 0 = as the scheme says."""
     scale_floor: PositiveFloat = 1e-12
     """Smallest scale. The published baseline used 1/127, which makes every row whose clip is below
     1 share one coarse step; 1/127 replays it."""
+    matrix_bits: Bits = 0
+    """Bits of every other coded tensor; 0 = as the scheme says."""
+    attn_bits: Bits = 0
+    """Bits of the matrices of attention; 0 = as the other matrices."""
+    mlp_bits: Bits = 0
+    """Bits of the matrices of the MLPs; 0 = as the other matrices."""
+    outer_layers: Annotated[int, Field(ge=0)] = 0
+    """So many first and so many last blocks keep outer_bits in all their matrices; 0 = none."""
+    outer_bits: Literal[5, 6, 8] = 8
+    """Bits of the matrices of the outer blocks."""
+    clip: Literal["percentile", "search"] = "percentile"
+    """"percentile": clip_percentile for every row. "search": of five percentiles from 99.9 to 100,
+    each row takes the one with the least squared error."""
+    method: Literal["round", "gptq"] = "round"
+    """"round": each weight to the nearest code. "gptq": columns one after another, the error of
+    each made up for by the later ones, on the inputs that the matrices really see."""
+    calibration: Literal["train", "self"] = "train"
+    """Where GPTQ's inputs come from: the next training batches, or text that the model writes."""
+    calibration_tokens: PositiveInt = 131_072
+    """Tokens of calibration over all workers, rounded up to whole micro batches (rows of
+    data.seq_len for "self")."""
+    calibration_temperature: PositiveFloat = 0.8
+    """Sharpness with which the model samples its own calibration text."""
+    reserve_seconds: Annotated[float, Field(ge=0)] = 0.0
+    """Seconds of budget.train_seconds that are kept for calibration: steps end so much earlier.
+    Needed by "gptq" under a clock, ignored otherwise."""
+    damping: PositiveFloat = 0.01
+    """Share of the mean diagonal that GPTQ adds to the diagonal of a Hessian."""
+    act_order: bool = True
+    """GPTQ takes the columns with the largest inputs first."""
+    qat_start: Fraction = 1.0
+    """Share of the budget from which training sees the weights as the artifact will hold them;
+    1 = off."""
+
+    def bits_of(self, name: str, num_layers: int) -> int:
+        """Bits of the codes of a tensor that is large enough to be coded, by its name in the state
+        dict of a model with so many blocks."""
+        scheme_bits = 8 if self.scheme == "int8" else 6
+        matrix_bits = self.matrix_bits or scheme_bits
+        parts = name.split(".")
+        if parts[-2:] == ["tok_emb", "weight"]:
+            return self.embed_bits or scheme_bits
+        if parts[0] == "blocks" and self.outer_layers:
+            layer = int(parts[1])
+            if min(layer, num_layers - 1 - layer) < self.outer_layers:
+                return self.outer_bits
+        if "attn" in parts:
+            return self.attn_bits or matrix_bits
+        if "mlp" in parts:
+            return self.mlp_bits or matrix_bits
+        return matrix_bits
+
+
+CODEC_LEVELS = {"zlib": (0, 9), "brotli": (0, 11), "lzma": (0, 9), "zstd": (1, 22)}
+"""Lowest and highest effort of each entropy coder."""
 
 
 class CompressConfig(Settings):
     """How quantised weights become bytes."""
 
-    codec: Literal["zlib", "brotli"] = "zlib"
+    codec: Literal["zlib", "brotli", "lzma", "zstd"] = "zlib"
     """Entropy coder."""
-    level: Annotated[int, Field(ge=0, le=11)] = 9
-    """Effort: 0..9 for zlib, 0..11 for brotli."""
+    level: Annotated[int, Field(ge=0, le=22)] = 9
+    """Effort: 0..9 for zlib and lzma, 0..11 for brotli, 1..22 for zstd."""
     byte_shuffle: bool = False
     """Group bytes of equal significance before coding."""
 
     @model_validator(mode="after")
     def _level_exists(self) -> Self:
         faults = []
-        if self.codec == "zlib" and self.level > 9:
+        lowest, highest = CODEC_LEVELS[self.codec]
+        if self.level > highest:
             faults.append(
-                f"compress.level = {self.level} is above 9, the highest of zlib; lower it"
+                f"compress.level = {self.level} is above {highest}, the highest of {self.codec}; "
+                "lower it"
+            )
+        elif self.level < lowest:
+            faults.append(
+                f"compress.level = {self.level} is below {lowest}, the lowest of {self.codec}; "
+                "raise it"
             )
         return _raise_together(self, faults)
 
@@ -442,6 +506,57 @@ class EvaluateConfig(Settings):
     """Tokens per forward pass of one worker."""
     prequant: bool = True
     """Also score the weights before quantisation; a diagnostic outside every budget."""
+    stride: Annotated[int, Field(ge=0)] = 0
+    """Step of sliding windows of seq_len tokens: every window but the first scores only its last
+    `stride` targets, so that each has at least seq_len - stride tokens before it. Time grows by
+    seq_len / stride. 0 = off: rows side by side, as stride = seq_len."""
+    stages: bool = False
+    """Also score the artifact in plain rows when the score is made otherwise; a diagnostic outside
+    every budget."""
+    naive_ttt_epochs: Annotated[int, Field(ge=0)] = 0
+    """Passes of SGD over the validation text before it is scored, as #675 did; 0 = off. Illegal on
+    the golf tracks."""
+    naive_ttt_lr: PositiveFloat = 0.002
+    """Learning rate of that SGD."""
+    naive_ttt_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Momentum of that SGD."""
+    ngram_weight: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of a hashed n-gram cache in the target's probability (#659 0.15, #675 0.3); 0 = off.
+    Illegal on the golf tracks."""
+    ngram_order: Annotated[int, Field(ge=2)] = 5
+    """Tokens of an n-gram: ngram_order - 1 of context and the target."""
+    ngram_min_count: PositiveInt = 3
+    """Times that a context must have been seen for the cache to speak."""
+    ngram_min_confidence: Fraction = 0.5
+    """Share of the target among the context's continuations for the cache to speak."""
+    ngram_buckets: PositiveInt = 4_194_304
+    """Counters of the cache; n-grams that fall into one are taken for one."""
+    ngram_never_lower: bool = False
+    """Take the cache only where it helps, max(p, p'), as #675 did."""
+
+    @model_validator(mode="after")
+    def _every_target_is_scored(self) -> Self:
+        faults = []
+        if self.stride > self.seq_len:
+            faults.append(
+                f"evaluate.stride = {self.stride} is above evaluate.seq_len = {self.seq_len}: "
+                "targets between windows would not be scored; lower it, or 0 for plain rows"
+            )
+        return _raise_together(self, faults)
+
+    @property
+    def method(self) -> str:
+        """What the score is made with, in the words of TrainResult.stages."""
+        parts = {
+            "sliding": self.stride > 0,
+            "naive_ttt": self.naive_ttt_epochs > 0,
+            "ngram": self.ngram_weight > 0,
+        }
+        return "+".join(name for name, is_on in parts.items() if is_on) or "quantized"
+
+    def plain(self) -> EvaluateConfig:
+        """The same rows without anything that adds to a plain forward pass: for diagnostics."""
+        return self.model_copy(update={"stride": 0, "naive_ttt_epochs": 0, "ngram_weight": 0.0})
 
 
 class BudgetConfig(Settings):
@@ -560,7 +675,34 @@ class TrainConfig(Settings):
                 "data.seq_len and evaluate.seq_len; lower it, or set 0 and model.window_layers = "
                 '""'
             )
+        faults.extend(self._calibration_faults())
         return _raise_together(self, faults)
+
+    def _calibration_faults(self) -> list[str]:
+        seconds, reserve = self.budget.train_seconds, self.quantize.reserve_seconds
+        if self.quantize.method != "gptq" or seconds is None:
+            return []
+        if reserve == 0:
+            return [
+                'quantize.method = "gptq" calibrates inside budget.train_seconds = '
+                f"{seconds:g} and quantize.reserve_seconds = 0 keeps no time for it; set "
+                "quantize.reserve_seconds (published runs took 4 to 14)"
+            ]
+        if reserve >= seconds:
+            return [
+                f"quantize.reserve_seconds = {reserve:g} leaves nothing of budget.train_seconds = "
+                f"{seconds:g} to train in; lower it"
+            ]
+        return []
+
+    @property
+    def step_seconds(self) -> float | None:
+        """Seconds in which training steps may run: budget.train_seconds less the reserve for
+        calibration. None = no limit."""
+        seconds = self.budget.train_seconds
+        if seconds is None or self.quantize.method != "gptq":
+            return seconds
+        return seconds - self.quantize.reserve_seconds
 
     def with_overrides(self, overrides: Mapping[str, Any]) -> TrainConfig:
         """A copy with dotted paths replaced, fully validated.

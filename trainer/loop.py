@@ -21,9 +21,10 @@ from torch import Tensor
 
 from trainer import artifact
 from trainer.attention import select_backend
+from trainer.calibrate import calibrate, check_calibration
 from trainer.clock import BudgetClock, Gate, PhaseTimer
 from trainer.code import packed_code
-from trainer.config import TrainConfig
+from trainer.config import EvaluateConfig, TrainConfig
 from trainer.data.byte_table import ByteTable
 from trainer.data.dataset import Dataset
 from trainer.data.loader import TrainLoader
@@ -31,12 +32,14 @@ from trainer.distributed import Group, join_group
 from trainer.errors import ArtifactError
 from trainer.evaluate.bits_per_byte import EvalResult, evaluate
 from trainer.evaluate.bits_per_byte import prime as prime_evaluation
-from trainer.legality import illegal_techniques
+from trainer.evaluate.naive_ttt import train_on_validation
+from trainer.legality import illegal_in_use
 from trainer.loss import build_objective
 from trainer.model.gpt import GPT
 from trainer.optim import Optimizer, WeightAverage, build_average, build_optimizer
 from trainer.pacer import StepPacer
-from trainer.quantize import dequantize, quantize
+from trainer.quantize import coded_names, dequantize, quantize
+from trainer.quantize.aware import QuantizationAware
 from trainer.report import NullReporter, Reporter, TrainResult
 from trainer.schedule import extra_weight_decay, lr_multiplier, muon_momentum
 
@@ -57,11 +60,13 @@ def train(config: TrainConfig, reporter: Reporter, out: Path | None = None) -> T
         try:
             run.prime()
             reason = run.train_to_budget()
+            if reason is None:
+                run.apply_average()
+                run.calibrate()
         finally:
             run.loader.close()
         if reason is not None:
             return run.result(stop_reason=reason)
-        run.apply_average()
         prequant = run.score_prequant()
         size = run.pack(Path(out or scratch) / "artifact.bin")
         score = run.score_artifact(Path(out or scratch) / "artifact.bin")
@@ -93,9 +98,11 @@ class Run:
     loader: TrainLoader
     clock: BudgetClock
     timer: PhaseTimer
+    aware: QuantizationAware
     steps: int = 0
     train_loss: float | None = None
     step_seconds: list[float] = field(default_factory=list)
+    hessians: dict[str, Tensor] = field(default_factory=dict)
     stages: dict[str, float] = field(default_factory=dict)
     average: WeightAverage | None = None
 
@@ -110,6 +117,7 @@ class Run:
         with timer.phase("build"):
             dataset = Dataset.open(config.data.dir, config.model.vocab_size)
             dataset.check_scored_tokens(config.evaluate.seq_len, config.data.val_tokens)
+            check_calibration(config, dataset)
             byte_table = ByteTable.from_tokenizer(dataset.tokenizer_path, config.model.vocab_size)
             torch.manual_seed(config.runtime.seed)
             if device.type == "cuda":
@@ -131,7 +139,7 @@ class Run:
             total_tokens_per_step=config.data.batch_tokens,
             data_digest=dataset.digest,
         )
-        clock = BudgetClock(config.budget.train_seconds, group)
+        clock = BudgetClock(config.step_seconds, group)
         return cls(
             config,
             reporter,
@@ -144,6 +152,7 @@ class Run:
             loader,
             clock,
             timer,
+            QuantizationAware(model, config.quantize),
             average=build_average(config.average, model.state_dict()),
         )
 
@@ -161,6 +170,8 @@ class Run:
                 pacer.launched(self._step(step, 0.0))
                 pacer.drain()
             self.clock.expect_step(self.clock.now() - started)
+            if self.config.quantize.method == "gptq":
+                calibrate(self.config, self.model, self.loader, self.group, prime=True)
             self.model.load_state_dict(weights)
             self.optimizer.load_state_dict(optimizer_state)
             self.loader.load_state_dict(position)
@@ -172,10 +183,11 @@ class Run:
             self.model.objective.set_progress(progress)
         micro_batches = self.loader.next_step()
         total = torch.zeros((), device=self.group.device)
-        for (tokens, targets), divisor in zip(micro_batches, self.loader.divisors, strict=True):
-            loss = self.forward(tokens, targets, reduction="objective") / divisor
-            torch.autograd.backward(loss)
-            total += loss.detach()
+        with self.aware.weights(progress):
+            for (tokens, targets), divisor in zip(micro_batches, self.loader.divisors, strict=True):
+                loss = self.forward(tokens, targets, reduction="objective") / divisor
+                torch.autograd.backward(loss)
+                total += loss.detach()
         optim = self.config.optim
         self.optimizer.average_gradients([total], optim.grad_clip_norm)
         lr_mult = lr_multiplier(self.config.schedule, step, progress)
@@ -222,8 +234,8 @@ class Run:
         if self.config.schedule.progress == "steps":
             assert budget.max_steps is not None
             return step / budget.max_steps
-        assert budget.train_seconds is not None
-        return min(1.0, gate.elapsed_s / budget.train_seconds)
+        assert self.config.step_seconds is not None
+        return min(1.0, gate.elapsed_s / self.config.step_seconds)
 
     def _not_finite(self) -> str | None:
         if self.train_loss is None or torch.isfinite(torch.tensor(self.train_loss)):
@@ -243,7 +255,7 @@ class Run:
         recent = self.step_seconds[-self.config.runtime.log_every :]
         seconds = statistics.fmean(recent)
         elapsed = self.clock.elapsed()
-        cap = self.config.budget.train_seconds
+        cap = self.config.step_seconds
         max_steps = self.config.budget.max_steps
         self.reporter.emit(
             "step",
@@ -259,7 +271,7 @@ class Run:
         """Score the present weights outside the clock, for the curve."""
         self.clock.stop()
         with self.timer.phase("validate"):
-            result = self._evaluate()
+            result = self._evaluate(self.config.evaluate.plain())
         self.reporter.emit(
             "val",
             step=self.steps,
@@ -269,10 +281,21 @@ class Run:
         )
         self.clock.start()
 
-    def _evaluate(self) -> EvalResult:
-        return evaluate(
-            self.forward, self.dataset, self.byte_table, self.config.evaluate, self.group
-        )
+    def calibrate(self) -> None:
+        """Collect what GPTQ needs to know of the final weights' inputs. It reads training data or
+        writes text with the model, so it counts against budget.train_seconds."""
+        if self.config.quantize.method != "gptq":
+            return
+        with self.timer.phase("calibrate"):
+            self.hessians = calibrate(self.config, self.model, self.loader, self.group)
+        missing = set(coded_names(dict(self.model.named_parameters()), self.config.quantize))
+        missing -= set(self.hessians)
+        if missing:
+            names = ", ".join(sorted(missing))
+            self.reporter.emit("log", line=f"gptq: rounded, as no linear product uses it: {names}")
+
+    def _evaluate(self, config: EvaluateConfig) -> EvalResult:
+        return evaluate(self.forward, self.dataset, self.byte_table, config, self.group)
 
     def apply_average(self) -> None:
         """Put the averaged weights, where there are any, in place of the last ones. Those are
@@ -284,18 +307,18 @@ class Run:
             return
         if self.config.evaluate.prequant:
             with self.timer.phase("evaluate_trained"):
-                self.stages["trained"] = self._evaluate().val_bpb
+                self.stages["trained"] = self._evaluate(self.config.evaluate.plain()).val_bpb
         with self.timer.phase("average"):
             self.model.load_state_dict(self.average.result(), strict=False)
         held = f"{self.average.num_updates} sets of weights"
         self.reporter.emit("log", line=f"average: {self.config.average.kind} over {held}")
 
     def score_prequant(self) -> EvalResult | None:
-        """Bits per byte of the weights in memory; None when switched off."""
+        """Bits per byte of the weights in memory, in plain rows; None when switched off."""
         if not self.config.evaluate.prequant:
             return None
         with self.timer.phase("evaluate_prequant"):
-            result = self._evaluate()
+            result = self._evaluate(self.config.evaluate.plain())
         self.stages["averaged" if "trained" in self.stages else "trained"] = result.val_bpb
         self.reporter.emit(
             "val",
@@ -323,7 +346,12 @@ class Run:
 
     def _write_artifact(self, path: Path) -> PackedSize:
         with self.timer.phase("quantize"):
-            quantized = quantize(self.model.state_dict(), self.config.quantize)
+            quantized = quantize(
+                self.model.state_dict(),
+                self.config.quantize,
+                self.hessians,
+                lambda line: self.reporter.emit("log", line=line),
+            )
         with self.timer.phase("pack"):
             blob = artifact.encode(quantized, self.config)
             artifact.write(path, blob)
@@ -331,11 +359,31 @@ class Run:
 
     def score_artifact(self, path: Path) -> EvalResult:
         """Bits per byte of the file: read it back, decode, load, evaluate on all ranks."""
+        config = self.config.evaluate
+        if config.stages and config != config.plain():
+            with self.timer.phase("evaluate_stages"):
+                self._load(path)
+                self.stages["quantized"] = self._evaluate(config.plain()).val_bpb
         with self.timer.phase("evaluate"):
-            blob = artifact.read(path) if self.group.is_main else None
-            _, quantized = artifact.decode(self.group.broadcast_bytes(blob))
-            self.model.load_state_dict(dequantize(quantized))
-            return self._evaluate()
+            self._load(path)
+            if config.naive_ttt_epochs:
+                train_on_validation(
+                    self.forward,
+                    self.model.parameters(),
+                    self.dataset,
+                    config,
+                    self.config.data.micro_batch_tokens,
+                    self.group,
+                )
+            score = self._evaluate(config)
+        self.stages[config.method] = score.val_bpb
+        return score
+
+    def _load(self, path: Path) -> None:
+        """Put the weights of the file that rank 0 reads into the model of every rank."""
+        blob = artifact.read(path) if self.group.is_main else None
+        _, quantized = artifact.decode(self.group.broadcast_bytes(blob))
+        self.model.load_state_dict(dequantize(quantized))
 
     def result(
         self,
@@ -345,9 +393,9 @@ class Run:
         size: PackedSize | None = None,
     ) -> TrainResult:
         """The outcome so far, equal on every rank but for the size, which rank 0 knows."""
-        names = ["build", "prime", "train", "validate"]
-        names += ["evaluate_trained", "average", "evaluate_prequant"]
-        names += ["quantize", "pack", "evaluate"]
+        names = ["build", "prime", "train", "validate", "evaluate_trained", "average"]
+        names += ["calibrate", "evaluate_prequant", "quantize", "pack"]
+        names += ["evaluate_stages", "evaluate"]
         seconds = self.group.max_floats(*(self.timer.seconds.get(name, 0.0) for name in names))
         phases = {name: value for name, value in zip(names, seconds, strict=True) if value > 0}
         return TrainResult(
@@ -369,8 +417,8 @@ class Run:
             bytes_code=size.bytes_code if size else None,
             bytes_model=size.bytes_model if size else None,
             artifact_sha256=size.sha256 if size else None,
+            illegal=illegal_in_use(self.config),
             peak_memory_bytes=int(self.group.max_float(_peak_memory(self.group.device))),
-            illegal=illegal_techniques(self.config),
         )
 
 

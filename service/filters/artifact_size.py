@@ -21,7 +21,6 @@ from trainer.code import packed_code
 from trainer.config import TrainConfig
 from trainer.report import TrainResult
 
-SCHEME_BITS = {"int8": 8, "int6": 6}
 FLOAT_BITS = 16
 SCALE_BYTES = 2
 """One fp16 scale per row."""
@@ -123,8 +122,7 @@ def raw_bytes(config: TrainConfig) -> float:
         if numel <= quantize.keep_float_max_numel:
             bits += FLOAT_BITS * numel
             continue
-        is_embedding = name == "tok_emb.weight"
-        coded = (is_embedding and quantize.embed_bits) or SCHEME_BITS[quantize.scheme]
+        coded = quantize.bits_of(name, config.model.num_layers)
         bits += coded * numel + 8 * SCALE_BYTES * shape[0]
     return bits / 8
 
@@ -140,6 +138,11 @@ def _kind(config: TrainConfig) -> tuple[object, ...]:
     return (
         quantize.scheme,
         quantize.embed_bits,
+        quantize.matrix_bits,
+        quantize.attn_bits,
+        quantize.mlp_bits,
+        quantize.outer_layers,
+        quantize.outer_bits,
         quantize.keep_float_max_numel,
         quantize.clip_percentile,
         compress.codec,
