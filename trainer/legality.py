@@ -1,7 +1,7 @@
-"""Techniques that published runs used and some tracks forbid: the one table of them.
+"""The one table of published techniques that break the rules of some track.
 
-They exist so that those runs can be replayed. A run that has one switched on says so in
-TrainResult.illegal, and is infeasible on the tracks named here. Loads without torch.
+They exist so that published runs can be replayed. A run that uses one says so in
+TrainResult.illegal, and is infeasible on the tracks named. Loads without torch.
 """
 
 from __future__ import annotations
@@ -11,31 +11,34 @@ from dataclasses import dataclass
 
 from trainer.config import TrainConfig
 
-GOLF = ("golf-10min-16mb", "golf-unlimited-16mb", "laptop")
-"""Tracks with the golf rules: a validation token may be used only after it is scored."""
+GOLF_TRACKS = ("golf-10min-16mb", "golf-unlimited-16mb")
 
 
 @dataclass(frozen=True)
-class IllegalTechnique:
-    """A row: what it is called, where it is forbidden and why, and how to see it."""
+class Illegal:
+    """A technique and where it is forbidden."""
 
     name: str
-    forbidden_on: tuple[str, ...]
-    """Names of tracks."""
+    tracks: tuple[str, ...]
+    """Names of the tracks that forbid it."""
     reason: str
+    """The rule that it breaks, in a sentence."""
     in_use: Callable[[TrainConfig], bool]
 
 
-ILLEGAL: tuple[IllegalTechnique, ...] = (
-    IllegalTechnique(
-        "validation_training",
-        GOLF,
-        "data.train_split trains on validation text before it is scored (parameter-golf #675)",
-        lambda config: config.data.train_split != "train",
-    ),
-)
+ILLEGAL: dict[str, Illegal] = {
+    technique.name: technique
+    for technique in (
+        Illegal(
+            "validation_training",
+            GOLF_TRACKS,
+            "data.train_split trains on validation tokens before they are scored",
+            lambda config: config.data.train_split != "train",
+        ),
+    )
+}
 
 
-def illegal_techniques(config: TrainConfig) -> dict[str, list[str]]:
-    """The techniques that this run uses and some track forbids: name -> tracks."""
-    return {row.name: list(row.forbidden_on) for row in ILLEGAL if row.in_use(config)}
+def illegal_in_use(config: TrainConfig) -> dict[str, list[str]]:
+    """Techniques of the table that a run uses: name -> tracks that forbid it."""
+    return {name: list(entry.tracks) for name, entry in ILLEGAL.items() if entry.in_use(config)}

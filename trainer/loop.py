@@ -31,7 +31,7 @@ from trainer.distributed import Group, join_group
 from trainer.errors import ArtifactError
 from trainer.evaluate.bits_per_byte import EvalResult, evaluate
 from trainer.evaluate.bits_per_byte import prime as prime_evaluation
-from trainer.legality import illegal_techniques
+from trainer.legality import illegal_in_use
 from trainer.loss import build_objective
 from trainer.model.gpt import GPT
 from trainer.optim import Optimizer, WeightAverage, build_average, build_optimizer
@@ -370,7 +370,7 @@ class Run:
             bytes_model=size.bytes_model if size else None,
             artifact_sha256=size.sha256 if size else None,
             peak_memory_bytes=int(self.group.max_float(_peak_memory(self.group.device))),
-            illegal=illegal_techniques(self.config),
+            illegal=illegal_in_use(self.config),
         )
 
 
