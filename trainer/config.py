@@ -446,6 +446,10 @@ class QuantizeConfig(Settings):
     qat_start: Fraction = 1.0
     """Share of the budget from which training sees the weights as the artifact will hold them;
     1 = off."""
+    floor_by_levels: bool = False
+    """No scale below 1 over the largest code (1/31 at 6 bits, 1/127 at 8) instead of scale_floor:
+    published runs until April, which fit the cap by it; rows of small weights share a coarse
+    step."""
 
     def bits_of(self, name: str, num_layers: int) -> int:
         """Bits of the codes of a tensor that is large enough to be coded, by its name in the state

@@ -84,6 +84,13 @@ def test_prior_covers_the_published_baseline() -> None:
     assert forecast.quantile(0.05) < code_bytes() + published_model < forecast.quantile(0.95)
 
 
+@pytest.mark.parametrize(("name", "model_bytes"), [("pr675", 13_409_908), ("pr1212", 15_692_661)])
+def test_the_published_artifact_is_within_the_forecast(name: str, model_bytes: int) -> None:
+    forecast = ArtifactSize().forecast(RECIPES[name].build())
+    assert forecast.quantile(0.05) < code_bytes() + model_bytes < forecast.quantile(0.95)
+    assert forecast.probability_over(16e6) < 0.9, "or no sweep would launch it"
+
+
 def test_forecast_learns_ratio_and_spread_per_way_of_coding() -> None:
     size = ArtifactSize()
     before = size.forecast(GOLF)

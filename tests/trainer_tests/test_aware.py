@@ -27,6 +27,7 @@ GRIDS: dict[str, dict[str, Any]] = {
     "narrow_clip": {"clip_percentile": 97.0},
     "search": {"clip": "search"},
     "published_floor": {"scale_floor": 1 / 31},
+    "floor_by_levels": {"floor_by_levels": True, "embed_bits": 8},
     "some_floats": {"keep_float_max_numel": 300},
 }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -141,6 +143,21 @@ def test_the_published_scale_floor_gives_every_small_row_one_coarse_step() -> No
     )
     fine = dequantize(quantize({"w": weights}, QuantizeConfig()))["w"]
     assert (decoded - weights).std() > 5 * (fine - weights).std()
+
+
+@pytest.mark.parametrize(("scheme", "levels"), [("int8", 127), ("int6", 31)])
+@pytest.mark.parametrize("clip", ["percentile", "search"])
+def test_floor_by_levels_is_the_floor_of_each_width(scheme: Any, levels: int, clip: Any) -> None:
+    weights = _normal(90, 90)
+    weights[:20] *= 40  # rows that the floor does not reach
+    common: dict[str, Any] = {"scheme": scheme, "clip": clip, "keep_float_max_numel": 0}
+    by_levels = quantize({"w": weights}, QuantizeConfig(**common, floor_by_levels=True))
+    by_number = quantize({"w": weights}, QuantizeConfig(**common, scale_floor=1 / levels))
+    scales = by_levels.tensors["w"].arrays["scales"]
+    np.testing.assert_array_equal(scales, by_number.tensors["w"].arrays["scales"])
+    np.testing.assert_array_equal(dequantize(by_levels)["w"], dequantize(by_number)["w"])
+    assert set(scales[20:].tolist()) == {float(np.float16(1 / levels))}
+    assert scales[:20].min() > 1 / levels
 
 
 def test_small_tensors_stay_16_bit_floats_and_control_tensors_32_bit() -> None:

@@ -63,12 +63,13 @@ class PerRow:
 
     def grid(self, weights_RC: Tensor, config: QuantizeConfig) -> Grid:
         """Clip and scale of every row, as the artifact will store them."""
+        floor = 1 / self.levels if config.floor_by_levels else config.scale_floor
         if config.clip == "percentile":
-            return self._grid_at(weights_RC, config.clip_percentile, config.scale_floor)
-        best = self._grid_at(weights_RC, SEARCHED_PERCENTILES[0], config.scale_floor)
+            return self._grid_at(weights_RC, config.clip_percentile, floor)
+        best = self._grid_at(weights_RC, SEARCHED_PERCENTILES[0], floor)
         least_R = self._squared_error(weights_RC, best)
         for percentile in SEARCHED_PERCENTILES[1:]:
-            grid = self._grid_at(weights_RC, percentile, config.scale_floor)
+            grid = self._grid_at(weights_RC, percentile, floor)
             error_R = self._squared_error(weights_RC, grid)
             better_R = error_R < least_R
             least_R = torch.where(better_R, error_R, least_R)
