@@ -89,7 +89,7 @@ def test_what_the_track_forbids_is_rejected_without_a_worker(
         assert first.constraints["legality"] == 1
         assert first.user_attrs["verdict"] == "rejected before launch"
         assert "data.train_split trains on validation text" in first.user_attrs["reason"]
-        assert sweep.recorder.started == [(1, 1)]
+        assert [spec.number for spec in sweep.runner.submissions] == [1]
 
 
 def test_too_large_is_rejected_without_a_worker(tmp_path: Path) -> None:
