@@ -293,6 +293,16 @@ class Run:
         if missing:
             names = ", ".join(sorted(missing))
             self.reporter.emit("log", line=f"gptq: rounded, as no linear product uses it: {names}")
+        self._report_overrun(self.timer.seconds["calibrate"])
+
+    def _report_overrun(self, seconds: float) -> None:
+        reserve = self.config.quantize.reserve_seconds
+        if self.config.budget.train_seconds is not None and seconds > reserve:
+            self.reporter.emit(
+                "log",
+                line=f"calibration took {seconds:.1f} s where quantize.reserve_seconds = "
+                f"{reserve:g}; raise it, or lower quantize.calibration_tokens",
+            )
 
     def _evaluate(self, config: EvaluateConfig) -> EvalResult:
         return evaluate(self.forward, self.dataset, self.byte_table, config, self.group)

@@ -297,6 +297,17 @@ def test_steps_end_early_enough_for_the_calibration(configure: Callable[..., Tra
     assert reporter.of("step")[-1]["progress"] > 0.5  # of the seconds that steps may take
 
 
+def test_a_calibration_that_outlasts_its_reserve_says_so(
+    configure: Callable[..., TrainConfig],
+) -> None:
+    clock = {"budget.train_seconds": 60.0, "quantize.reserve_seconds": 1e-6}
+    reporter = Collector()
+    result = train(configure(**GPTQ, **clock), reporter)
+    lines = [record["line"] for record in reporter.of("log")]
+    assert any("quantize.reserve_seconds = 1e-06; raise it" in line for line in lines)
+    assert result.phases["calibrate"] > 1e-6
+
+
 def gptq_on_a_rank(group: Group, config: TrainConfig, out: Path) -> TrainResult:
     return train(config, NullReporter(), out)
 
