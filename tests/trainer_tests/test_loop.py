@@ -12,10 +12,8 @@ import pytest
 import torch
 
 from tests.ranks import run_ranks
-from tests.trainer_tests.architectures import SWITCHES
 from tests.trainer_tests.small_data import VOCAB_SIZE, write_folder
 from trainer import artifact
-from trainer.account import count_parameters
 from trainer.config import TrainConfig
 from trainer.data.byte_table import ByteTable
 from trainer.data.dataset import Dataset
@@ -254,18 +252,3 @@ def test_the_files_that_a_run_leaves(configure: Callable[..., TrainConfig], tmp_
         record["name"]: record["seconds"] for record in records if record["kind"] == "phase"
     } == (pytest.approx(result.phases))
     assert "val_bpb" in (tmp_path / "train.log").read_text()
-
-
-@pytest.mark.parametrize("name", ["pr1212", "everything_else", "loops_with_the_rest"])
-def test_many_switches_at_once_train_pack_and_score(
-    configure: Callable[..., TrainConfig], name: str
-) -> None:
-    layers = {"model.num_layers": 5}
-    switches = layers | {f"model.{key}": value for key, value in SWITCHES[name].items()}
-    # rows longer than rope_ntk_len in training, and longer ones still in evaluation
-    config = configure(**switches, **{"evaluate.seq_len": 64, "optim.scalar_lr": 0.01})
-    result = train(config, NullReporter())
-    assert result.num_params == count_parameters(config.model)
-    assert result.train_loss is not None and result.val_loss is not None
-    assert result.val_loss < 0.97 * np.log(VOCAB_SIZE) and result.train_loss < np.log(VOCAB_SIZE)
-    assert result.val_bpb == pytest.approx(result.val_bpb_prequant, rel=0.05)
