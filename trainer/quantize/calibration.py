@@ -58,15 +58,16 @@ class HessianSums:
 
 
 class _Observed(Tensor):
-    """A weight that reports its inputs. `names` says which parameters it consists of."""
+    """A weight that reports its inputs. `parameter_names` says which parameters it consists of (not
+    `names`, which torch 2.11 reserves for dimensions)."""
 
-    names: tuple[str, ...]
+    parameter_names: tuple[str, ...]
     sums: HessianSums
 
     @classmethod
     def of(cls, weight: Tensor, names: tuple[str, ...], sums: HessianSums) -> _Observed:
         observed: _Observed = weight.detach().as_subclass(cls)
-        observed.names, observed.sums = names, sums
+        observed.parameter_names, observed.sums = names, sums
         return observed
 
     @classmethod
@@ -83,7 +84,7 @@ class _Observed(Tensor):
             weight = kwargs["weight"] if "weight" in kwargs else args[1]
             inputs = kwargs["input"] if "input" in kwargs else args[0]
             if isinstance(weight, _Observed):
-                weight.sums.add(weight.names, inputs)
+                weight.sums.add(weight.parameter_names, inputs)
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **kwargs)
         if isinstance(result, Tensor) and result.requires_grad:
@@ -100,14 +101,14 @@ def _source(
     name = getattr(func, "__name__", "")
     first = args[0] if args else None
     if name in _RENAMING and isinstance(first, _Observed):
-        return first.names, first.sums
+        return first.parameter_names, first.sums
     if name in _SUM and isinstance(args[1], Tensor):
         for one, other in (args[:2], args[1::-1]):
             if isinstance(one, _Observed) and one.shape == other.shape:
-                return one.names, one.sums
+                return one.parameter_names, one.sums
     if name in ("cat", "concat") and isinstance(first, (tuple, list)) and len(args) == 1:
         parts = [part for part in first if isinstance(part, _Observed)]
-        return tuple(n for part in parts for n in part.names), parts[0].sums
+        return tuple(n for part in parts for n in part.parameter_names), parts[0].sums
     return (), None
 
 
