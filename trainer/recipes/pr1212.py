@@ -83,7 +83,7 @@ def _model() -> ModelConfig:
         value_embed_dim=128,
         value_embed_layers="5,9,10",
         window=512,
-        window_layers="2,4,6,8,10",
+        window_layers="even_but_first",  # 2, 4, 6, 8, 10
         xsa_last_n=7,
         rope_dims=16,
         rope_ntk_len=1024,
