@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--run", action="append", default=[], help='"name: path=value ..."')
     parser.add_argument("--nproc", type=int, default=1)
     arguments = parser.parse_args()
-    record: dict[str, Any] = {"command": sys.argv, **_machine(), "runs": {}}
+    record: dict[str, Any] = {"command": sys.argv, **machine(), "runs": {}}
     for variant in arguments.run or ["plain:"]:
         name, _, pairs = variant.partition(":")
         overrides = [*arguments.set, *pairs.split()]
@@ -66,7 +66,8 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> dict[str, Any]:
         return {"overrides": overrides, "result": json.loads(result.read_text()), "curve": curve}
 
 
-def _machine() -> dict[str, Any]:
+def machine() -> dict[str, Any]:
+    """Versions and hardware that figures were measured with."""
     import torch
 
     versions = {}

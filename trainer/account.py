@@ -10,30 +10,107 @@ import math
 
 from trainer.config import ModelConfig
 
+Table = dict[str, tuple[int, ...]]
 
-def parameter_table(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+
+def parameter_table(model: ModelConfig) -> Table:
     """Every parameter of `GPT(model)` by name, in the model's own order, with its shape."""
-    width, kv_width = model.model_dim, model.num_kv_heads * model.head_dim
-    num_skips = model.num_layers // 2
-    table: dict[str, tuple[int, ...]] = {}
-    if num_skips:
-        table["skip_weights"] = (num_skips, width)
+    width = model.model_dim
+    table: Table = {}
+    if model.num_skips:
+        table["skip_weights"] = (model.num_skips, width)
+        if model.gated_skips:
+            table["skip_gates"] = (model.num_skips, width)
+    if model.backout_layer >= 0:
+        table["backout"] = (1,)
     table["tok_emb.weight"] = (model.vocab_size, width)
     for index in range(model.num_layers):
-        block = f"blocks.{index}"
-        table[f"{block}.attn_scale"] = (width,)
-        table[f"{block}.mlp_scale"] = (width,)
-        table[f"{block}.resid_mix"] = (2, width)
-        table[f"{block}.attn.q_gain"] = (model.num_heads,)
-        table[f"{block}.attn.q.weight"] = (width, width)
-        table[f"{block}.attn.k.weight"] = (kv_width, width)
-        table[f"{block}.attn.v.weight"] = (kv_width, width)
-        table[f"{block}.attn.out.weight"] = (width, width)
-        table[f"{block}.mlp.up.weight"] = (model.mlp_dim, width)
-        table[f"{block}.mlp.down.weight"] = (width, model.mlp_dim)
+        table |= _under(f"blocks.{index}", _block(model, index))
+    if model.num_loops > 1:
+        for index in range(model.num_loops * model.num_layers):
+            table |= _under(f"visits.{index}", _visit(model))
     if not model.tie_embeddings:
         table["head.weight"] = (model.vocab_size, width)
+    return table | _joining(model)
+
+
+def _block(model: ModelConfig, index: int) -> Table:
+    width = model.model_dim
+    table: Table = {} if model.num_loops > 1 else _scales(model)
+    if model.resid_lambda_init:
+        table["resid_lambdas"] = (2,)
+    table |= _under("attn", _attention(model, index))
+    table["mlp.up.weight"] = (model.mlp_dim, width)
+    table["mlp.down.weight"] = (width, model.mlp_dim)
     return table
+
+
+def _scales(model: ModelConfig) -> Table:
+    width = model.model_dim
+    return {"attn_scale": (width,), "mlp_scale": (width,), "resid_mix": (2, width)}
+
+
+def _attention(model: ModelConfig, index: int) -> Table:
+    table: Table = {} if model.num_loops > 1 else {"q_gain": (model.num_heads,)}
+    if model.diff_attention != "off":
+        names = ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2")
+        table |= dict.fromkeys(names, (model.head_dim // 2,))
+    matrices = list(_matrices(model).items())[:4]
+    table |= {f"{name}.weight": (num_out, num_in) for name, (num_in, num_out) in matrices}
+    if index and model.value_residual == "gated":
+        table["value_residual.gate"] = (1,)
+    if index and model.value_residual == "learned":
+        table["value_residual.factors"] = (2,)
+    if model.embeds_values(index):
+        table["value_embed.scale"] = (1,)
+    return table
+
+
+def _visit(model: ModelConfig) -> Table:
+    table = _scales(model) | {"q_gain": (model.num_heads,)}
+    if model.lora_rank:
+        for name, (num_in, num_out) in _matrices(model).items():
+            table[f"lora.{name}.a"] = (num_in, model.lora_rank)
+            table[f"lora.{name}.b"] = (model.lora_rank, num_out)
+    return table
+
+
+def _matrices(model: ModelConfig) -> dict[str, tuple[int, int]]:
+    """(in, out) of the matrices of a block."""
+    width, kv_width = model.model_dim, model.num_kv_heads * model.head_dim
+    return {
+        "q": (width, width),
+        "k": (width, kv_width),
+        "v": (width, kv_width),
+        "out": (width, width),
+        "up": (width, model.mlp_dim),
+        "down": (model.mlp_dim, width),
+    }
+
+
+def _joining(model: ModelConfig) -> Table:
+    """What joins the embedding and the values."""
+    table: Table = {}
+    if model.bigram_buckets:
+        table["bigram.scale"] = (1,)
+        table["bigram.table.weight"] = (model.bigram_buckets, model.bigram_dim)
+        if model.bigram_dim != model.model_dim:
+            table["bigram.proj.weight"] = (model.model_dim, model.bigram_dim)
+    if model.smear == "token":
+        table["token_smear.gate"] = (model.smear_gate_dim,)
+        table["token_smear.scale"] = (1,)
+    if model.smear == "channel":
+        table["channel_smear.gate"] = (model.model_dim,)
+    if model.value_embed_dim:
+        kv_width = model.num_kv_heads * model.head_dim
+        table["value_embed.scale"] = (1,)
+        table["value_embed.table.weight"] = (model.vocab_size, model.value_embed_dim)
+        table["value_embed.proj.weight"] = (kv_width, model.value_embed_dim)
+    return table
+
+
+def _under(prefix: str, table: Table) -> Table:
+    return {f"{prefix}.{name}": shape for name, shape in table.items()}
 
 
 def count_parameters(model: ModelConfig) -> int:
@@ -44,20 +121,34 @@ def count_parameters(model: ModelConfig) -> int:
 def flops_per_token(model: ModelConfig, seq_len: int) -> float:
     """Floating-point operations of one training token, forward and backward.
 
-    6 P + 6 L C (T + 1), where P counts the weights of matrix products (the head included, the
-    lookup not): two operations per weight forward, twice that backward. Attention: a query meets
-    (T + 1) / 2 keys on average, with 2 C operations for its scores and 2 C for its values, L times,
-    and again three times that for the whole step. Pointwise work is left out.
+    6 P + 12 C N, where P counts the weights of matrix products, each as often as it is used (the
+    head included, lookups not): two operations per weight forward, twice that backward. Attention:
+    N is the sum over layers of the keys that a query meets on average, (T + 1) / 2 where it sees
+    everything; each costs 2 C operations for scores and 2 C for values, three times for the whole
+    step. Differential attention over whole values does it all twice. Pointwise work is left out.
 
     Args:
         seq_len: T, tokens in a row.
     """
-    table = parameter_table(model)
-    matrices = sum(
-        math.prod(shape)
-        for name, shape in table.items()
-        if name.startswith("blocks.") and name.endswith(".weight")
-    )
-    head = model.vocab_size * model.model_dim
-    attention = 6 * model.num_layers * model.model_dim * (seq_len + 1)
-    return float(6 * (matrices + head) + attention)
+    num_keys = sum(_mean_keys(model.window_of(layer), seq_len) for layer in range(model.num_layers))
+    maps = 2 if model.diff_attention == "full" else 1
+    attention = 12 * model.model_dim * num_keys * model.num_loops * maps
+    return float(6 * _product_weights(model) + attention)
+
+
+def _product_weights(model: ModelConfig) -> int:
+    weights = model.vocab_size * model.model_dim  # the head, tied or not
+    for name, shape in parameter_table(model).items():
+        if name.startswith("blocks.") and name.endswith(".weight"):
+            weights += model.num_loops * math.prod(shape)
+        elif name.endswith("proj.weight") or ".lora." in name:
+            weights += math.prod(shape)
+    return weights
+
+
+def _mean_keys(window: int | None, seq_len: int) -> float:
+    """Keys that a query meets, itself included, averaged over a row."""
+    if window is None or window + 1 >= seq_len:
+        return (seq_len + 1) / 2
+    growing = (window + 1) * (window + 2) / 2
+    return (growing + (seq_len - window - 1) * (window + 1)) / seq_len

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
@@ -20,6 +21,28 @@ from trainer.errors import BackendError
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 """A rank that answers nothing for this long is taken for dead."""
+
+# PyTorch 2.12 renamed both collectives and warns at the older names.
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+@dataclass
+class Pending:
+    """The outcome of a collective that may still be on its way."""
+
+    _tensor: Tensor
+    _source: Tensor
+    """Kept alive until the collective is done."""
+    _work: dist.Work | None = None
+
+    def wait(self) -> Tensor:
+        """The outcome; on cuda the current stream waits for it, the host does not."""
+        if self._work is not None:
+            # Once only: gloo writes the outcome at every wait, over what was done with it since.
+            self._work.wait()
+            self._work = None
+        return self._tensor
 
 
 class Group:
@@ -58,6 +81,21 @@ class Group:
             torch._foreach_copy_(
                 bucket, [part.view_as(tensor) for part, tensor in zip(parts, bucket, strict=True)]
             )
+
+    def reduce_scatter_sum(self, tensor: Tensor) -> Pending:
+        """Start to sum over ranks; this rank receives its part, the rank-th of `size` equal pieces
+        of the first axis, which `size` must divide."""
+        if self.size == 1:
+            return Pending(tensor, tensor)
+        part = tensor.new_empty(tensor.size(0) // self.size, *tensor.shape[1:])
+        return Pending(part, tensor, _reduce_scatter(part, tensor, async_op=True))
+
+    def all_gather(self, part: Tensor) -> Pending:
+        """Start to join the equal-shaped parts of all ranks along the first axis."""
+        if self.size == 1:
+            return Pending(part, part)
+        whole = part.new_empty(part.size(0) * self.size, *part.shape[1:])
+        return Pending(whole, part, _all_gather(whole, part, async_op=True))
 
     def broadcast_(self, tensor: Tensor, src: int = 0) -> Tensor:
         """Copy from rank `src` to all, in place."""

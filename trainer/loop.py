@@ -21,9 +21,10 @@ from torch import Tensor
 
 from trainer import artifact
 from trainer.attention import select_backend
+from trainer.calibrate import calibrate, check_calibration
 from trainer.clock import BudgetClock, Gate, PhaseTimer
 from trainer.code import packed_code
-from trainer.config import TrainConfig
+from trainer.config import EvaluateConfig, TrainConfig
 from trainer.data.byte_table import ByteTable
 from trainer.data.dataset import Dataset
 from trainer.data.loader import TrainLoader
@@ -31,12 +32,16 @@ from trainer.distributed import Group, join_group
 from trainer.errors import ArtifactError
 from trainer.evaluate.bits_per_byte import EvalResult, evaluate
 from trainer.evaluate.bits_per_byte import prime as prime_evaluation
+from trainer.evaluate.naive_ttt import train_on_validation
+from trainer.legality import illegal_in_use
+from trainer.loss import build_objective
 from trainer.model.gpt import GPT
-from trainer.optim import Optimizer, build_optimizer
+from trainer.optim import Optimizer, WeightAverage, build_average, build_optimizer
 from trainer.pacer import StepPacer
-from trainer.quantize import dequantize, quantize
+from trainer.quantize import coded_names, dequantize, quantize
+from trainer.quantize.aware import QuantizationAware
 from trainer.report import NullReporter, Reporter, TrainResult
-from trainer.schedule import lr_multiplier, muon_momentum
+from trainer.schedule import extra_weight_decay, lr_multiplier, muon_momentum
 
 
 def train(config: TrainConfig, reporter: Reporter, out: Path | None = None) -> TrainResult:
@@ -55,6 +60,9 @@ def train(config: TrainConfig, reporter: Reporter, out: Path | None = None) -> T
         try:
             run.prime()
             reason = run.train_to_budget()
+            if reason is None:
+                run.apply_average()
+                run.calibrate()
         finally:
             run.loader.close()
         if reason is not None:
@@ -100,10 +108,16 @@ class Run:
     loader: TrainLoader
     clock: BudgetClock
     timer: PhaseTimer
+    aware: QuantizationAware
     steps: int = 0
     train_loss: float | None = None
     step_seconds: list[float] = field(default_factory=list)
     kept: KeptStep | None = None
+    hessians: dict[str, Tensor] = field(default_factory=dict)
+    stages: dict[str, float] = field(default_factory=dict)
+    average: WeightAverage | None = None
+    unaveraged: float | None = None
+    """Progress of the last step, until its weights are taken into the average."""
 
     @classmethod
     def build(cls, config: TrainConfig, reporter: Reporter, group: Group) -> Run:
@@ -116,21 +130,14 @@ class Run:
         with timer.phase("build"):
             dataset = Dataset.open(config.data.dir, config.model.vocab_size)
             dataset.check_scored_tokens(config.evaluate.seq_len, config.data.val_tokens)
+            check_calibration(config, dataset)
             byte_table = ByteTable.from_tokenizer(dataset.tokenizer_path, config.model.vocab_size)
             torch.manual_seed(config.runtime.seed)
             if device.type == "cuda":
                 torch.set_float32_matmul_precision("high")
                 torch.cuda.reset_peak_memory_stats()
             model = build_model(config, group, lambda line: reporter.emit("log", line=line))
-            loader = TrainLoader(
-                dataset,
-                config.data.seq_len,
-                config.data.batch_tokens,
-                config.data.micro_batch_tokens,
-                group.rank,
-                group.size,
-                device,
-            )
+            loader = TrainLoader.from_config(dataset, config, group)
             optimizer = build_optimizer(model, config, group)
         forward = (
             torch.compile(model, dynamic=False, fullgraph=True)
@@ -145,7 +152,7 @@ class Run:
             total_tokens_per_step=config.data.batch_tokens,
             data_digest=dataset.digest,
         )
-        clock = BudgetClock(config.budget.train_seconds, group)
+        clock = BudgetClock(config.step_seconds, group)
         return cls(
             config,
             reporter,
@@ -158,6 +165,8 @@ class Run:
             loader,
             clock,
             timer,
+            QuantizationAware(model, config.quantize),
+            average=build_average(config.average, model.state_dict()),
         )
 
     def prime(self) -> None:
@@ -174,6 +183,8 @@ class Run:
                 pacer.launched(self._step(step, 0.0))
                 pacer.drain()
             self.clock.expect_step(self.clock.now() - started)
+            if self.config.quantize.method == "gptq":
+                calibrate(self.config, self.model, self.loader, self.group, prime=True)
             self.model.load_state_dict(weights)
             self.optimizer.load_state_dict(optimizer_state)
             self.loader.load_state_dict(position)
@@ -181,21 +192,20 @@ class Run:
 
     def _step(self, step: int, progress: float) -> Tensor:
         """One optimiser step; returns the mean training loss over all workers, on the device."""
+        if self.model.objective is not None:
+            self.model.objective.set_progress(progress)
         micro_batches = self.loader.next_step()
         total = torch.zeros((), device=self.group.device)
-        for tokens, targets in micro_batches:
-            loss = self.forward(tokens, targets) / len(micro_batches)
-            torch.autograd.backward(loss)
-            total += loss.detach()
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        self.group.all_reduce_mean_([*gradients, total])
-        if self.config.optim.grad_clip_norm > 0:
-            torch.nn.utils.clip_grad_norm_(
-                self.model.parameters(), self.config.optim.grad_clip_norm, foreach=True
-            )
+        with self.aware.weights(progress):
+            for (tokens, targets), divisor in zip(micro_batches, self.loader.divisors, strict=True):
+                loss = self.forward(tokens, targets, reduction="objective") / divisor
+                torch.autograd.backward(loss)
+                total += loss.detach()
+        optim = self.config.optim
+        self.optimizer.average_gradients([total], optim.grad_clip_norm)
+        lr_mult = lr_multiplier(self.config.schedule, step, progress)
         self.optimizer.step(
-            lr_multiplier(self.config.schedule, step, progress),
-            muon_momentum(self.config.optim, step),
+            lr_mult, muon_momentum(optim, step, progress), extra_weight_decay(optim, lr_mult)
         )
         self.optimizer.zero_grad()
         return total
@@ -217,7 +227,9 @@ class Run:
                 break
             if gate.near_cap:
                 self.kept = self._keep(gate.elapsed_s)
-            pacer.launched(self._step(step, self._progress(step, gate)))
+            self._take_average()
+            self.unaveraged = self._progress(step, gate)
+            pacer.launched(self._step(step, self.unaveraged))
             self.steps += 1
             if config.runtime.val_every and self.steps % config.runtime.val_every == 0:
                 self._collect(pacer.drain())
@@ -230,6 +242,12 @@ class Run:
             return reason or "stopped with rank 0"
         return None
 
+    def _take_average(self) -> None:
+        """Take the last step's weights into the average, as soon as it is known that they count."""
+        if self.average is not None and self.unaveraged is not None:
+            self.average.update(self.unaveraged)
+        self.unaveraged = None
+
     def _keep(self, elapsed_s: float) -> KeptStep:
         weights = {name: value.clone() for name, value in self.model.state_dict().items()}
         return KeptStep(self.steps, elapsed_s, weights)
@@ -237,9 +255,9 @@ class Run:
     def _settle_seconds(self) -> float:
         """Seconds of the training that counts. When the last step was held up past the cap, that
         is the training before it: its weights come back, and the step is thrown away."""
-        cap, elapsed = self.config.budget.train_seconds, self.clock.elapsed()
-        elapsed = self.group.max_float(elapsed)
+        cap, elapsed = self.clock.cap_s, self.group.max_float(self.clock.elapsed())
         if cap is None or elapsed <= cap or self.kept is None:
+            self._take_average()
             return elapsed
         self.model.load_state_dict(self.kept.weights)
         self.steps = self.kept.steps
@@ -252,8 +270,8 @@ class Run:
         if self.config.schedule.progress == "steps":
             assert budget.max_steps is not None
             return step / budget.max_steps
-        assert budget.train_seconds is not None
-        return min(1.0, gate.elapsed_s / budget.train_seconds)
+        assert self.config.step_seconds is not None
+        return min(1.0, gate.elapsed_s / self.config.step_seconds)
 
     def _not_finite(self) -> str | None:
         if self.train_loss is None or torch.isfinite(torch.tensor(self.train_loss)):
@@ -273,7 +291,7 @@ class Run:
         recent = self.step_seconds[-self.config.runtime.log_every :]
         seconds = statistics.fmean(recent)
         elapsed = self.clock.elapsed()
-        cap = self.config.budget.train_seconds
+        cap = self.config.step_seconds
         max_steps = self.config.budget.max_steps
         self.reporter.emit(
             "step",
@@ -289,7 +307,7 @@ class Run:
         """Score the present weights outside the clock, for the curve."""
         self.clock.stop()
         with self.timer.phase("validate"):
-            result = self._evaluate()
+            result = self._evaluate(self.config.evaluate.plain())
         self.reporter.emit(
             "val",
             step=self.steps,
@@ -299,17 +317,55 @@ class Run:
         )
         self.clock.start()
 
-    def _evaluate(self) -> EvalResult:
-        return evaluate(
-            self.forward, self.dataset, self.byte_table, self.config.evaluate, self.group
-        )
+    def calibrate(self) -> None:
+        """Collect what GPTQ needs to know of the final weights' inputs. It reads training data or
+        writes text with the model, so it counts against budget.train_seconds."""
+        if self.config.quantize.method != "gptq":
+            return
+        with self.timer.phase("calibrate"):
+            self.hessians = calibrate(self.config, self.model, self.loader, self.group)
+        missing = set(coded_names(dict(self.model.named_parameters()), self.config.quantize))
+        missing -= set(self.hessians)
+        if missing:
+            names = ", ".join(sorted(missing))
+            self.reporter.emit("log", line=f"gptq: rounded, as no linear product uses it: {names}")
+        self._report_overrun(self.timer.seconds["calibrate"])
+
+    def _report_overrun(self, seconds: float) -> None:
+        reserve = self.config.quantize.reserve_seconds
+        if self.config.budget.train_seconds is not None and seconds > reserve:
+            self.reporter.emit(
+                "log",
+                line=f"calibration took {seconds:.1f} s where quantize.reserve_seconds = "
+                f"{reserve:g}; raise it, or lower quantize.calibration_tokens",
+            )
+
+    def _evaluate(self, config: EvaluateConfig) -> EvalResult:
+        return evaluate(self.forward, self.dataset, self.byte_table, config, self.group)
+
+    def apply_average(self) -> None:
+        """Put the averaged weights, where there are any, in place of the last ones. Those are
+        scored before, as a diagnostic outside every budget."""
+        if self.average is None:
+            return
+        if not self.average.num_updates:
+            self.reporter.emit("log", line="average: the run ended before it began; not applied")
+            return
+        if self.config.evaluate.prequant:
+            with self.timer.phase("evaluate_trained"):
+                self.stages["trained"] = self._evaluate(self.config.evaluate.plain()).val_bpb
+        with self.timer.phase("average"):
+            self.model.load_state_dict(self.average.result(), strict=False)
+        held = f"{self.average.num_updates} sets of weights"
+        self.reporter.emit("log", line=f"average: {self.config.average.kind} over {held}")
 
     def score_prequant(self) -> EvalResult | None:
-        """Bits per byte of the weights in memory; None when switched off."""
+        """Bits per byte of the weights in memory, in plain rows; None when switched off."""
         if not self.config.evaluate.prequant:
             return None
         with self.timer.phase("evaluate_prequant"):
-            result = self._evaluate()
+            result = self._evaluate(self.config.evaluate.plain())
+        self.stages["averaged" if "trained" in self.stages else "trained"] = result.val_bpb
         self.reporter.emit(
             "val",
             step=self.steps,
@@ -336,7 +392,12 @@ class Run:
 
     def _write_artifact(self, path: Path) -> PackedSize:
         with self.timer.phase("quantize"):
-            quantized = quantize(self.model.state_dict(), self.config.quantize)
+            quantized = quantize(
+                self.model.state_dict(),
+                self.config.quantize,
+                self.hessians,
+                lambda line: self.reporter.emit("log", line=line),
+            )
         with self.timer.phase("pack"):
             blob = artifact.encode(quantized, self.config)
             artifact.write(path, blob)
@@ -344,11 +405,31 @@ class Run:
 
     def score_artifact(self, path: Path) -> EvalResult:
         """Bits per byte of the file: read it back, decode, load, evaluate on all ranks."""
+        config = self.config.evaluate
+        if config.stages and config != config.plain():
+            with self.timer.phase("evaluate_stages"):
+                self._load(path)
+                self.stages["quantized"] = self._evaluate(config.plain()).val_bpb
         with self.timer.phase("evaluate"):
-            blob = artifact.read(path) if self.group.is_main else None
-            _, quantized = artifact.decode(self.group.broadcast_bytes(blob))
-            self.model.load_state_dict(dequantize(quantized))
-            return self._evaluate()
+            self._load(path)
+            if config.naive_ttt_epochs:
+                train_on_validation(
+                    self.forward,
+                    self.model.parameters(),
+                    self.dataset,
+                    config,
+                    self.config.data.micro_batch_tokens,
+                    self.group,
+                )
+            score = self._evaluate(config)
+        self.stages[config.method] = score.val_bpb
+        return score
+
+    def _load(self, path: Path) -> None:
+        """Put the weights of the file that rank 0 reads into the model of every rank."""
+        blob = artifact.read(path) if self.group.is_main else None
+        _, quantized = artifact.decode(self.group.broadcast_bytes(blob))
+        self.model.load_state_dict(dequantize(quantized))
 
     def result(
         self,
@@ -358,8 +439,9 @@ class Run:
         size: PackedSize | None = None,
     ) -> TrainResult:
         """The outcome so far, equal on every rank but for the size, which rank 0 knows."""
-        names = ["build", "prime", "train", "validate", "evaluate_prequant"]
-        names += ["quantize", "pack", "evaluate"]
+        names = ["build", "prime", "train", "validate", "evaluate_trained", "average"]
+        names += ["calibrate", "evaluate_prequant", "quantize", "pack"]
+        names += ["evaluate_stages", "evaluate"]
         seconds = self.group.max_floats(*(self.timer.seconds.get(name, 0.0) for name in names))
         phases = {name: value for name, value in zip(names, seconds, strict=True) if value > 0}
         return TrainResult(
@@ -376,10 +458,12 @@ class Run:
             val_loss=score.val_loss if score else None,
             val_bpb=score.val_bpb if score else None,
             val_bpb_prequant=prequant.val_bpb if prequant else None,
+            stages=self.stages,
             val_tokens=score.num_tokens if score else None,
             bytes_code=size.bytes_code if size else None,
             bytes_model=size.bytes_model if size else None,
             artifact_sha256=size.sha256 if size else None,
+            illegal=illegal_in_use(self.config),
             peak_memory_bytes=int(self.group.max_float(_peak_memory(self.group.device))),
         )
 
@@ -390,9 +474,13 @@ def build_model(config: TrainConfig, group: Group, log: Callable[[str], None]) -
     Weights come from torch's global generator: seed it before. Raises BackendError when the
     attention backend of runtime.attention cannot run here.
     """
-    attend = select_backend(config.runtime.attention, group.device.type, log)
-    longest_row = max(config.data.seq_len, config.evaluate.seq_len)
-    model = GPT(config.model, attend, max_seq_len=longest_row).to(group.device)
+    attend = select_backend(
+        config.runtime.attention, group.device.type, log, windowed=config.model.window > 0
+    )
+    row_lengths = config.data.row_lengths | {config.evaluate.seq_len}
+    model = GPT(config.model, attend, max(row_lengths), row_lengths)
+    model.objective = build_objective(config.loss)
+    model.to(group.device)
     model.compute_dtype = _compute_dtype(config, group.device)
     for parameter in model.parameters():
         group.broadcast_(parameter.data)

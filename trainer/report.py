@@ -122,9 +122,9 @@ class TrainResult(BaseModel):
     device: str
     """Such as "cpu" or "NVIDIA H200"."""
     phases: dict[str, float]
-    """Seconds per phase: build, prime, train, validate, evaluate_prequant, quantize, pack,
-    evaluate. "train" is what counts against budget.train_seconds, "evaluate" against
-    budget.eval_seconds."""
+    """Seconds per phase: build, prime, train, validate, evaluate_trained, average, calibrate,
+    evaluate_prequant, quantize, pack, evaluate_stages, evaluate. "train" and "calibrate" count
+    against budget.train_seconds, "evaluate" against budget.eval_seconds."""
     step_ms: float | None = None
     """Median milliseconds of a step."""
     train_loss: float | None = None
@@ -135,6 +135,10 @@ class TrainResult(BaseModel):
     """Bits per byte of the decoded artifact: the score."""
     val_bpb_prequant: float | None = None
     """Bits per byte before quantisation."""
+    stages: dict[str, float] = {}
+    """Bits per byte stage by stage, as far as measured: "trained" at the end of training and
+    "averaged" where average.kind replaced those weights, both before quantisation; "quantized"
+    after it; all in plain rows; and the score under the name of its method."""
     val_tokens: int | None = None
     """Scored tokens."""
     bytes_code: int | None = None

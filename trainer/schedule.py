@@ -1,4 +1,4 @@
-"""Learning-rate multiplier and momentum at a point of the run.
+"""Learning-rate multiplier, momentum and weight decay at a point of the run.
 
 Schedules follow `progress`, the share of the budget that is spent (0 at the start, 1 at the cap),
 so that a faster machine does not see a different schedule. Plain float arithmetic, no torch.
@@ -26,10 +26,23 @@ def lr_multiplier(config: ScheduleConfig, step: int, progress: float) -> float:
     return max(config.min_lr, min(1.0, max(0.0, 1.0 - progress) / share))
 
 
-def muon_momentum(config: OptimConfig, step: int) -> float:
-    """Momentum of Muon for the step that is about to run; linear warm-up over steps."""
-    if config.muon_momentum_warmup_steps == 0:
+def muon_momentum(config: OptimConfig, step: int, progress: float = 0.0) -> float:
+    """Momentum of Muon for the step that is about to run; linear warm-up over a share of the
+    budget where muon_momentum_warmup_frac is set, else over steps."""
+    if config.muon_momentum_warmup_frac > 0:
+        share = min(1.0, progress / config.muon_momentum_warmup_frac)
+    elif config.muon_momentum_warmup_steps > 0:
+        share = min(1.0, step / config.muon_momentum_warmup_steps)
+    else:
         return config.muon_momentum
-    share = min(1.0, step / config.muon_momentum_warmup_steps)
     start = config.muon_momentum_warmup_start
     return start + share * (config.muon_momentum - start)
+
+
+def extra_weight_decay(config: OptimConfig, lr_mult: float) -> float:
+    """What the ramp adds to the matrices' weight decay at a learning-rate multiplier.
+
+    parameter-golf #309 and #675: wd = base + ramp (1 - multiplier). Decay acts times the scheduled
+    rate, so what a step takes away, lr wd, peaks on the way down and ends at 0 with the rate.
+    """
+    return config.weight_decay_ramp * (1.0 - lr_mult)

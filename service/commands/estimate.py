@@ -21,6 +21,7 @@ from service.commands.terminal import (
 from service.commands.train import RecipeArgument
 from trainer.account import count_parameters, flops_per_token
 from trainer.config import TrainConfig
+from trainer.mix import lanes_of
 
 if TYPE_CHECKING:
     from service.filters import Filter
@@ -73,9 +74,9 @@ def forecast(
     from service.trial import TrialSpec
 
     spec = TrialSpec("estimate", 0, recipe, overrides, config, Path.cwd(), workers=count)
-    filters = default_filters()
+    filters = default_filters(track=recipe_named(recipe).track)
     size = next(f for f in filters if isinstance(f, ArtifactSize)).forecast(config)
-    flops = flops_per_token(config.model, config.data.seq_len)
+    flops = _flops_per_token(config)
     step_s = flops * config.data.batch_tokens / (DEVICES[device].flops * count)
     seconds = config.budget.train_seconds
     return {
@@ -97,6 +98,13 @@ def forecast(
             if type(judge).before_launch is not Filter.before_launch
         ],
     }
+
+
+def _flops_per_token(config: TrainConfig) -> float:
+    """Of training, averaged over the tokens of a step, whose rows may differ in length."""
+    lanes = lanes_of(config.data)
+    total = sum(lane.num_tokens * flops_per_token(config.model, lane.seq_len) for lane in lanes)
+    return total / sum(lane.num_tokens for lane in lanes)
 
 
 def _judge(judge: Filter, spec: TrialSpec) -> dict[str, Any]:

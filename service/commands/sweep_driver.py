@@ -132,7 +132,7 @@ def _make_scheduler(plan: Plan, study: optuna.Study, live: LiveTable) -> Schedul
             plan.space,
             runner,
             trackers,
-            default_filters(settings.size_limit),
+            default_filters(settings.size_limit, plan.track.name),
             Demand(settings.workers_per_trial, settings.gpus_per_worker, settings.cpus_per_worker),
             settings.trials,
             settings.out,

@@ -8,10 +8,12 @@ from service.filters.bytes import Bytes
 from service.filters.clock import PhaseClock
 from service.filters.configuration import Configuration
 from service.filters.divergence import Divergence
+from service.filters.legality import Legality
 from service.filters.step_time import StepTime
 
 FILTERS: dict[str, Callable[[], Filter]] = {
     "configuration": Configuration,
+    "legality": Legality,
     "artifact_size": ArtifactSize,
     "divergence": Divergence,
     "step_time": StepTime,
@@ -21,14 +23,19 @@ FILTERS: dict[str, Callable[[], Filter]] = {
 }
 
 
-def default_filters(size_limit: float = 0.9) -> list[Filter]:
+def default_filters(size_limit: float = 0.9, track: str = "") -> list[Filter]:
     """Every filter, fresh: filters learn, so each sweep has its own.
 
     Args:
         size_limit: Launch a trial unless its artifact is over the cap with more than this
             probability.
+        track: Name of the track in force, for what it forbids; "" forbids nothing.
     """
-    made = {**FILTERS, "artifact_size": lambda: ArtifactSize(size_limit)}
+    made = {
+        **FILTERS,
+        "artifact_size": lambda: ArtifactSize(size_limit),
+        "legality": lambda: Legality(track),
+    }
     return [make() for make in made.values()]
 
 

@@ -4,7 +4,9 @@ Forecast: code + ratio x raw, where raw is what the tensors take at their scheme
 entropy coding, and the ratio's mean and spread are learned from artifacts measured in this study,
 per way of quantising and compressing. A prior stands in for the first few: with a row's largest
 weight on the largest code, normally distributed weights hold 5.5 of 6 or 7.4 of 8 bits, 0.93 of
-raw; the published baseline, 15,863,489 bytes, has 0.93; uniform rows would hold nearly all.
+raw; the published baseline, 15,863,489 bytes, has 0.93; uniform rows would hold nearly all. Where
+floor_by_levels keeps steps coarse, small weights use few codes: the published #1212 has 0.69 and
+#675 0.71, and how much it is depends on the size of the weights.
 """
 
 from __future__ import annotations
@@ -21,12 +23,14 @@ from trainer.code import packed_code
 from trainer.config import TrainConfig
 from trainer.report import TrainResult
 
-SCHEME_BITS = {"int8": 8, "int6": 6}
 FLOAT_BITS = 16
 SCALE_BYTES = 2
 """One fp16 scale per row."""
 PRIOR_RATIO = 0.93
 PRIOR_SPREAD = 0.05
+FLOORED_RATIO = 0.70
+FLOORED_SPREAD = 0.08
+"""The prior under quantize.floor_by_levels."""
 PRIOR_WEIGHT = 2.0
 """The prior counts as this many measured artifacts."""
 LEAST_SPREAD = 0.002
@@ -82,14 +86,14 @@ class ArtifactSize(Filter):
 
     def forecast(self, config: TrainConfig) -> SizeForecast:
         """Distribution of packed code plus packed model."""
-        ratios = self._ratios.get(_kind(config), _Ratios())
+        ratios = self._ratios.get(_kind(config)) or _prior(config)
         raw = raw_bytes(config)
         mean, spread = ratios.posterior()
         return SizeForecast(code_bytes() + mean * raw, spread * raw, len(ratios.seen))
 
     def learn(self, config: TrainConfig, result: TrainResult) -> None:
         if result.bytes_model is not None:
-            ratios = self._ratios.setdefault(_kind(config), _Ratios())
+            ratios = self._ratios.setdefault(_kind(config), _prior(config))
             ratios.seen.append(result.bytes_model / raw_bytes(config))
 
 
@@ -97,6 +101,8 @@ class ArtifactSize(Filter):
 class _Ratios:
     """Measured model bytes over raw bytes, for one way of coding."""
 
+    prior_mean: float
+    prior_spread: float
     seen: list[float] = field(default_factory=list)
 
     def posterior(self) -> tuple[float, float]:
@@ -106,11 +112,17 @@ class _Ratios:
         last factor is the uncertainty of the mean itself.
         """
         weight = PRIOR_WEIGHT + len(self.seen)
-        mean = (PRIOR_WEIGHT * PRIOR_RATIO + sum(self.seen)) / weight
-        squares = PRIOR_WEIGHT * (PRIOR_SPREAD**2 + (PRIOR_RATIO - mean) ** 2)
+        mean = (PRIOR_WEIGHT * self.prior_mean + sum(self.seen)) / weight
+        squares = PRIOR_WEIGHT * (self.prior_spread**2 + (self.prior_mean - mean) ** 2)
         squares += sum((ratio - mean) ** 2 for ratio in self.seen)
         spread = math.sqrt(squares / weight * (1 + 1 / weight))
         return mean, max(spread, LEAST_SPREAD)
+
+
+def _prior(config: TrainConfig) -> _Ratios:
+    if config.quantize.floor_by_levels:
+        return _Ratios(FLOORED_RATIO, FLOORED_SPREAD)
+    return _Ratios(PRIOR_RATIO, PRIOR_SPREAD)
 
 
 def raw_bytes(config: TrainConfig) -> float:
@@ -123,8 +135,7 @@ def raw_bytes(config: TrainConfig) -> float:
         if numel <= quantize.keep_float_max_numel:
             bits += FLOAT_BITS * numel
             continue
-        is_embedding = name == "tok_emb.weight"
-        coded = (is_embedding and quantize.embed_bits) or SCHEME_BITS[quantize.scheme]
+        coded = quantize.bits_of(name, config.model.num_layers)
         bits += coded * numel + 8 * SCALE_BYTES * shape[0]
     return bits / 8
 
@@ -140,8 +151,16 @@ def _kind(config: TrainConfig) -> tuple[object, ...]:
     return (
         quantize.scheme,
         quantize.embed_bits,
+        quantize.matrix_bits,
+        quantize.attn_bits,
+        quantize.mlp_bits,
+        quantize.outer_layers,
+        quantize.outer_bits,
         quantize.keep_float_max_numel,
         quantize.clip_percentile,
+        quantize.clip,
+        quantize.scale_floor,
+        quantize.floor_by_levels,
         compress.codec,
         compress.byte_shuffle,
     )

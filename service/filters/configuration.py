@@ -9,6 +9,7 @@ from service.filters.base import Filter
 from service.trial import TrialSpec, Verdict
 from trainer.config import TrainConfig
 from trainer.errors import ConfigError
+from trainer.mix import sharing_fault
 
 NAME = "configuration"
 
@@ -19,14 +20,8 @@ class Configuration(Filter):
     name = NAME
 
     def before_launch(self, spec: TrialSpec) -> Verdict | None:
-        data = spec.config.data
-        rows = data.batch_tokens // data.seq_len
-        if rows % spec.workers:
-            return invalid(
-                f"data.batch_tokens = {data.batch_tokens} makes {rows} rows of data.seq_len = "
-                f"{data.seq_len}, which {spec.workers} workers cannot share equally"
-            )
-        return None
+        fault = sharing_fault(spec.config.data, spec.workers)
+        return None if fault is None else invalid(fault)
 
 
 def build_config(

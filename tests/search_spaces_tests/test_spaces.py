@@ -44,7 +44,7 @@ def test_faults_name_unknown_path_foreign_point_and_unstorable_choice() -> None:
 
 def test_unknown_recipe_is_named() -> None:
     fault = replace(SPACES["smoke"], recipe="tinny").faults()
-    assert fault == ["smoke: no recipe 'tinny'; there are tiny, golf_baseline"]
+    assert fault == ["smoke: no recipe 'tinny'; there are tiny, golf_baseline, pr675, pr1212"]
 
 
 def test_contains_respects_integers_and_bounds() -> None:

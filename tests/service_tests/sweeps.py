@@ -88,7 +88,7 @@ class Sweep:
             space,
             self.runner,
             [self.recorder, *trackers],
-            default_filters(),
+            default_filters(track=track.name),
             Demand(workers=2),
             num_trials,
             folder,

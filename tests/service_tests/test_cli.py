@@ -96,9 +96,25 @@ def test_estimate_knows_the_published_parameter_count(capsys: pytest.CaptureFixt
     assert size["p05"] < size["p50"] < size["p95"]
     assert {verdict["name"]: verdict["ok"] for verdict in document["verdicts"]} == {
         "configuration": True,
+        "legality": True,
         "artifact_size": True,
     }
     assert {"name", "ok", "value", "bound", "reason"} <= document["verdicts"][0].keys()
+
+
+def test_estimate_of_pr1212_counts_its_mix_and_names_what_is_illegal(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    document = answer(capsys, "estimate", "pr1212")
+    assert document["parameters"] == 29_751_910
+    short = answer(capsys, "estimate", "pr1212", "--set", "data.mix=8x2048")
+    long = answer(capsys, "estimate", "pr1212", "--set", "data.mix=8x6144")
+    by_lanes = (5 * short["flops_per_token"] + 3 * long["flops_per_token"]) / 8
+    assert document["flops_per_token"] == pytest.approx(by_lanes)
+    assert all(verdict["ok"] for verdict in document["verdicts"])
+    replay = answer(capsys, "estimate", "pr675", "--set", "data.train_split=val")
+    legality = next(row for row in replay["verdicts"] if row["name"] == "legality")
+    assert not legality["ok"] and "data.train_split trains on validation" in legality["reason"]
 
 
 def test_estimate_forecasts_what_was_measured(capsys: pytest.CaptureFixture[str]) -> None:

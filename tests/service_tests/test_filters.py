@@ -20,6 +20,7 @@ from service.filters.artifact_size import (
 )
 from service.filters.divergence import Divergence
 from service.filters.duplicate import Duplicates
+from service.filters.legality import Legality
 from service.filters.step_time import StepTime
 from service.run import number
 from service.trial import TrialSpec
@@ -82,6 +83,13 @@ def test_prior_covers_the_published_baseline() -> None:
     assert forecast.measured == 0
     assert forecast.mean == pytest.approx(code_bytes() + PRIOR_RATIO * raw_bytes(GOLF))
     assert forecast.quantile(0.05) < code_bytes() + published_model < forecast.quantile(0.95)
+
+
+@pytest.mark.parametrize(("name", "model_bytes"), [("pr675", 13_409_908), ("pr1212", 15_692_661)])
+def test_the_published_artifact_is_within_the_forecast(name: str, model_bytes: int) -> None:
+    forecast = ArtifactSize().forecast(RECIPES[name].build())
+    assert forecast.quantile(0.05) < code_bytes() + model_bytes < forecast.quantile(0.95)
+    assert forecast.probability_over(16e6) < 0.9, "or no sweep would launch it"
 
 
 def test_forecast_learns_ratio_and_spread_per_way_of_coding() -> None:
@@ -239,6 +247,17 @@ def test_duplicates_belong_to_their_first_claimer_until_it_fails() -> None:
     assert duplicates.claim("a", 1) == 0, "only the owner can let go"
     duplicates.release("a", 0)
     assert duplicates.claim("a", 1) is None
+
+
+def test_legality_is_the_tracks_and_says_which_rule_is_broken() -> None:
+    both = spec_of(TINY.with_overrides({"data.train_split": "val", "evaluate.ngram_weight": 0.3}))
+    verdict = Legality("golf-10min-16mb").before_launch(both)
+    assert verdict is not None and not verdict.ok and not verdict.predicted
+    assert (verdict.value, verdict.bound, verdict.excess) == (2, 0, 2)
+    assert verdict.reason.startswith("illegal on golf-10min-16mb: data.train_split trains on")
+    assert "evaluate.ngram_weight" in verdict.reason
+    assert Legality("golf-10min-16mb").before_launch(spec_of(TINY)) is None
+    assert Legality("night").before_launch(both) is None, "a user's track has the user's rules"
 
 
 def test_every_filter_of_the_table_is_in_the_default() -> None:

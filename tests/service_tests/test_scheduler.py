@@ -11,7 +11,7 @@ from typing import Any
 
 import optuna
 import pytest
-from optuna.distributions import IntDistribution
+from optuna.distributions import CategoricalDistribution, IntDistribution
 from sqlalchemy.exc import OperationalError
 
 from search_spaces import Space
@@ -71,6 +71,25 @@ def test_starting_points_come_first_and_only_once(tmp_path: Path) -> None:
     assert params[:3] == list(SMOKE.enqueued)
     assert len(params) == 6
     assert sum(point in SMOKE.enqueued for point in params) == 3
+
+
+@pytest.mark.parametrize(("track", "state"), [("laptop", "PRUNED"), ("bench", "COMPLETE")])
+def test_what_the_track_forbids_is_rejected_without_a_worker(
+    tmp_path: Path, track: str, state: str
+) -> None:
+    axes = {"data.train_split": CategoricalDistribution(["val", "train"])}
+    points = ({"data.train_split": "val"}, {"data.train_split": "train"})
+    space = Space("replay", "tiny", "laptop", axes, points, "for tests")
+    named = TRACK.model_copy(update={"name": track})
+    sweep = Sweep(tmp_path, by_depth, space=space, num_trials=2, track=named)
+    sweep.run()
+    assert sweep.states() == [state, "COMPLETE"]
+    first = sweep.trials()[0]
+    if state == "PRUNED":
+        assert first.constraints["legality"] == 1
+        assert first.user_attrs["verdict"] == "rejected before launch"
+        assert "data.train_split trains on validation text" in first.user_attrs["reason"]
+        assert [spec.number for spec in sweep.runner.submissions] == [1]
 
 
 def test_too_large_is_rejected_without_a_worker(tmp_path: Path) -> None:

@@ -172,3 +172,47 @@ def test_an_unusable_storage_is_one_message(
     assert main(["sweep", "run", "smoke", *where]) == 1
     message = capsys.readouterr().err
     assert "cannot use the storage" in message and "secret" not in message
+
+
+SMALL_PR1212: dict[str, object] = {
+    "model.vocab_size": 512,
+    "model.num_layers": 4,
+    "model.model_dim": 16,
+    "model.num_heads": 2,
+    "model.num_kv_heads": 1,
+    "model.mlp_mult": 1.0,
+    "model.backout_layer": 2,
+    "model.bigram_buckets": 64,
+    "model.bigram_dim": 8,
+    "model.value_embed_dim": 8,
+    "model.value_embed_layers": "1,3",
+    "model.xsa_last_n": 2,
+    "model.rope_dims": 4,
+    "data.batch_tokens": 8 * 6144,
+    "schedule.progress": "steps",
+    "budget.max_steps": 2,
+    "quantize.calibration_tokens": 6144,
+    "quantize.keep_float_max_numel": 128,
+    "evaluate.prequant": False,
+    "evaluate.batch_tokens": 6144,
+    "runtime.prime_steps": 0,
+}
+
+
+@pytest.mark.slow
+def test_windows_and_mixes_are_swept_on_a_small_pr1212(
+    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rows of 2048 and 6144 tokens, GPTQ and all, in real trials of the real space."""
+    command = ["sweep", "run", "window_x_mix", "--runner", "local", "--trials", "2", "--json"]
+    command += ["--out", str(tmp_path / "runs"), "--data", str(data)]
+    for path, value in SMALL_PR1212.items():
+        command += ["--set", path + "=" + (value if isinstance(value, str) else json.dumps(value))]
+    assert main(command) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["states"]["COMPLETE"] == answer["feasible"] == 2
+    for number, mix in enumerate(("5x2048+3x6144", "6x2048+2x6144")):
+        folder = tmp_path / "runs" / "window_x_mix" / f"trial-{number:05}"
+        config = json.loads((folder / "config.json").read_text())
+        assert (config["data"]["mix"], config["model"]["window"]) == (mix, 512)
+        assert json.loads((folder / "result.json").read_text())["phases"]["calibrate"] > 0

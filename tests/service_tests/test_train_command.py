@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from service.cli import main
+from tests.trainer_tests.small_recipes import SMALL as RECIPES
 from trainer.report import TrainResult
 
 SMALL = (
@@ -42,6 +43,20 @@ def test_prepare_prints_what_it_made(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert set(made) == {"dir", "vocab_size", "train_tokens", "val_tokens", "digest"}
     assert main(["data", "prepare", str(text), "--vocab-size", "280", "--out", str(out)]) == 1
     assert "not empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_published_recipes_train_and_pack_by_command(
+    recipe: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {**RECIPES[recipe], "model.vocab_size": 280, "budget.max_steps": 4}
+    command = ["train", recipe, "--data", str(data), "--out", str(tmp_path / "run"), "--json"]
+    for path, value in settings.items():
+        command += ["--set", path + "=" + (value if isinstance(value, str) else json.dumps(value))]
+    assert main(command) == 0
+    result = TrainResult.model_validate_json(capsys.readouterr().out)
+    assert (result.status, result.steps, result.illegal) == ("finished", 4, {})
+    assert (tmp_path / "run" / "artifact.bin").stat().st_size == result.bytes_model
 
 
 def test_train_leaves_the_result_it_prints(

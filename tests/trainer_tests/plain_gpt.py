@@ -1,8 +1,11 @@
 """The model written a second time, straight from its equations, for tests to compare with.
 
 One row at a time, one head at a time, softmax spelled out; weights come by name from a dictionary.
-Nothing of trainer.model is used.
+Nothing of trainer.model is used; layers are lists of numbers that the test writes down.
 """
+
+import math
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -13,9 +16,18 @@ from trainer.config import ModelConfig
 Weights = dict[str, Tensor]
 
 
+@dataclass
+class Row:
+    """What the blocks of one row of tokens share."""
+
+    x0: Tensor
+    value_embed: Tensor | None
+    first_value: list[Tensor] = field(default_factory=list)
+
+
 def plain_logits(config: ModelConfig, w: Weights, tokens: Tensor) -> Tensor:
     """Softcapped logits of every row, [B, T, V], in the weights' dtype."""
-    return torch.stack([_row_logits(config, w, row) for row in tokens])
+    return torch.stack([_row_logits(config, w, row.tolist()) for row in tokens])
 
 
 def plain_loss(config: ModelConfig, w: Weights, tokens: Tensor, targets: Tensor) -> Tensor:
@@ -29,53 +41,202 @@ def _rms(x: Tensor) -> Tensor:
     return x / torch.sqrt((x * x).mean(-1, keepdim=True) + 2.0**-23)
 
 
-def _row_logits(config: ModelConfig, w: Weights, tokens: Tensor) -> Tensor:
-    x = _rms(torch.stack([w["tok_emb.weight"][int(token)] for token in tokens]))
-    x0 = x
-    half = config.num_layers // 2
-    stack = []
-    for layer in range(half):
-        x = _block(config, w, layer, x, x0)
-        stack.append(x)
-    for step, layer in enumerate(range(half, config.num_layers)):
-        if step < half:
-            x = x + w["skip_weights"][step] * stack[half - 1 - step]
-        x = _block(config, w, layer, x, x0)
+def _sigmoid(x: Tensor) -> Tensor:
+    return 1 / (1 + torch.exp(-x))
+
+
+def _row_logits(config: ModelConfig, w: Weights, tokens: list[int]) -> Tensor:
+    x = _embed(config, w, tokens)
+    value_embed = None
+    if config.value_embed_dim:
+        looked_up = torch.stack([w["value_embed.table.weight"][token] for token in tokens])
+        value_embed = looked_up @ w["value_embed.proj.weight"].T * w["value_embed.scale"]
+    row = Row(x, value_embed)
+    run = _unet if config.num_loops == 1 else _loops
+    x = run(config, w, x, row)
     head = w["tok_emb.weight"] if config.tie_embeddings else w["head.weight"]
     return config.logit_softcap * torch.tanh(_rms(x) @ head.T / config.logit_softcap)
 
 
-def _block(config: ModelConfig, w: Weights, layer: int, x: Tensor, x0: Tensor) -> Tensor:
-    b = f"blocks.{layer}."
-    x = w[b + "resid_mix"][0] * x + w[b + "resid_mix"][1] * x0
-    x = x + w[b + "attn_scale"] * _attention(config, w, b + "attn.", _rms(x))
-    hidden = torch.clamp(_rms(x) @ w[b + "mlp.up.weight"].T, min=0) ** 2
-    return x + w[b + "mlp_scale"] * (hidden @ w[b + "mlp.down.weight"].T)
+def _embed(config: ModelConfig, w: Weights, tokens: list[int]) -> Tensor:
+    alone = [
+        t == 0 or (config.mask_documents and tokens[t] == config.bos_id) for t in range(len(tokens))
+    ]
+    x = [w["tok_emb.weight"][token] for token in tokens]
+    if config.bigram_buckets:
+        last = config.bigram_buckets - 1
+        for t, token in enumerate(tokens):
+            bucket = last if alone[t] else ((36313 * token) ^ (27191 * tokens[t - 1])) % last
+            looked_up = w["bigram.table.weight"][bucket]
+            if "bigram.proj.weight" in w:
+                looked_up = w["bigram.proj.weight"] @ looked_up
+            x[t] = x[t] + w["bigram.scale"] * looked_up
+    if config.smear == "token":
+        gate, scale = w["token_smear.gate"], w["token_smear.scale"]
+        raw = list(x)
+        for t in range(len(tokens)):
+            if not alone[t]:
+                x[t] = raw[t] + scale * _sigmoid(gate @ raw[t][: len(gate)]) * raw[t - 1]
+    x = [_rms(value) for value in x]
+    if config.smear == "channel":
+        g = _sigmoid(w["channel_smear.gate"])
+        normed = list(x)
+        for t in range(len(tokens)):
+            x[t] = (1 - g) * normed[t] + (0 if alone[t] else g * normed[t - 1])
+    return torch.stack(x)
 
 
-def _attention(config: ModelConfig, w: Weights, a: str, h: Tensor) -> Tensor:
+def _unet(config: ModelConfig, w: Weights, x: Tensor, row: Row) -> Tensor:
+    half = config.num_layers // 2
+    outputs: list[Tensor] = []
+    for layer in range(config.num_layers):
+        step = layer - half
+        if 0 <= step < half:
+            skip = w["skip_weights"][step] * outputs[half - 1 - step]
+            if config.gated_skips:
+                g = _sigmoid(w["skip_gates"][step])
+                x = g * x + (1 - g) * skip
+            else:
+                x = x + skip
+        x = _block(config, w, layer, f"blocks.{layer}.", x, row)
+        outputs.append(x)
+    if config.backout_layer >= 0:
+        x = x - w["backout"] * outputs[config.backout_layer]
+    return x
+
+
+def _loops(config: ModelConfig, w: Weights, x: Tensor, row: Row) -> Tensor:
+    """Each visit as an ordinary block whose matrices have the adapter's product added."""
+    for loop in range(config.num_loops):
+        for layer in range(config.num_layers):
+            b, v = f"blocks.{layer}.", f"visits.{loop * config.num_layers + layer}."
+            merged = {name.replace(v, b): value for name, value in w.items() if name.startswith(v)}
+            merged[b + "attn.q_gain"] = merged[b + "q_gain"]
+            for name, value in w.items():
+                if name.startswith(b):
+                    a = f"{v}lora.{name.split('.')[-2]}."
+                    delta = (w[a + "a"] @ w[a + "b"]).T if a + "a" in w else 0
+                    merged[name] = value + delta if name.endswith(".weight") else value
+            x = _block(config, merged, layer, b, x, row)
+    return x
+
+
+def _block(config: ModelConfig, w: Weights, layer: int, b: str, x: Tensor, row: Row) -> Tensor:
+    keep_attn, keep_mlp = w.get(b + "resid_lambdas", torch.ones(2, dtype=x.dtype))
+    scale = 1 / math.sqrt(layer + 1) if config.ln_scale else 1.0
+    x = w[b + "resid_mix"][0] * x + w[b + "resid_mix"][1] * row.x0
+    attended = _attention(config, w, layer, b + "attn.", _rms(x) * scale, row)
+    x = keep_attn * x + w[b + "attn_scale"] * attended
+    hidden = _rms(x) * scale @ w[b + "mlp.up.weight"].T
+    hidden = torch.where(hidden > 0, hidden, config.leaky_slope * hidden) ** 2
+    return keep_mlp * x + w[b + "mlp_scale"] * (hidden @ w[b + "mlp.down.weight"].T)
+
+
+def _attention(config: ModelConfig, w: Weights, layer: int, a: str, h: Tensor, row: Row) -> Tensor:
     width = config.head_dim
 
     def heads(name: str, number: int) -> list[Tensor]:
         values = h @ w[f"{a}{name}.weight"].T
         return [values[:, i * width : (i + 1) * width] for i in range(number)]
 
+    q, k = heads("q", config.num_heads), heads("k", config.num_kv_heads)
+    v = _values(config, w, a, heads("v", config.num_kv_heads), row)
+    attend = _maps if config.diff_attention == "off" else _differences
+    out = attend(config, w, layer, a, q, k, v)
+    if layer >= config.num_layers - config.xsa_last_n:
+        per_group = config.num_heads // config.num_kv_heads
+        for head, y in enumerate(out):
+            own = v[head // per_group]
+            along = (y * own).sum(-1, keepdim=True) / (own * own).sum(-1, keepdim=True)
+            out[head] = y - along * own
+    return torch.cat(out, -1) @ w[a + "out.weight"].T
+
+
+def _values(config: ModelConfig, w: Weights, a: str, v: list[Tensor], row: Row) -> list[Tensor]:
+    if not row.first_value:
+        row.first_value = v
+    elif config.value_residual == "half":
+        v = [
+            0.5 * own + 0.5 * first.detach() for own, first in zip(v, row.first_value, strict=True)
+        ]
+    elif config.value_residual == "gated":
+        g = _sigmoid(w[a + "value_residual.gate"])
+        v = [(1 - g) * own + g * first for own, first in zip(v, row.first_value, strict=True)]
+    elif config.value_residual == "learned":
+        l0, l1 = w[a + "value_residual.factors"]
+        v = [l0 * first + l1 * own for own, first in zip(v, row.first_value, strict=True)]
+    if a + "value_embed.scale" in w:
+        assert row.value_embed is not None
+        parts = row.value_embed.split(config.head_dim, dim=-1)
+        v = [own + w[a + "value_embed.scale"] * part for own, part in zip(v, parts, strict=True)]
+    return v
+
+
+def _window(config: ModelConfig, layer: int) -> int | None:
+    layers = {"": [], "even": range(0, 99, 2), "odd": range(1, 99, 2), "1,3": [1, 3]}
+    return config.window if layer in layers[config.window_layers] else None
+
+
+def _attend(config: ModelConfig, layer: int, *heads: list[Tensor]) -> list[Tensor]:
+    q, k, v = (torch.stack(part, 1)[None] for part in heads)
+    return list(plain_attention(q, k, v, window=_window(config, layer))[0].unbind(1))
+
+
+def _maps(
+    config: ModelConfig,
+    w: Weights,
+    layer: int,
+    a: str,
+    q: list[Tensor],
+    k: list[Tensor],
+    v: list[Tensor],
+) -> list[Tensor]:
     gain = w[a + "q_gain"]
-    q = [
-        gain[i] * _rotary(config, _rms(head)) for i, head in enumerate(heads("q", config.num_heads))
-    ]
-    k = [_rotary(config, _rms(head)) for head in heads("k", config.num_kv_heads)]
-    v = heads("v", config.num_kv_heads)
-    q_THD, k_TGD, v_TGD = (torch.stack(part, 1) for part in (q, k, v))
-    out = plain_attention(q_THD[None], k_TGD[None], v_TGD[None])[0]
-    return out.reshape(len(h), -1) @ w[a + "out.weight"].T
+    q = [gain[i] * _rotary(config, _rms(head)) for i, head in enumerate(q)]
+    k = [_rotary(config, _rms(head)) for head in k]
+    return _attend(config, layer, q, k, v)
+
+
+def _differences(
+    config: ModelConfig,
+    w: Weights,
+    layer: int,
+    a: str,
+    q: list[Tensor],
+    k: list[Tensor],
+    v: list[Tensor],
+) -> list[Tensor]:
+    start = 0.8 - 0.6 * math.exp(-0.3 * layer)
+    weight = (
+        torch.exp(w[a + "lambda_q1"] @ w[a + "lambda_k1"])
+        - torch.exp(w[a + "lambda_q2"] @ w[a + "lambda_k2"])
+        + start
+    )
+    half = config.head_dim // 2
+    whole = config.diff_attention == "full"
+    maps = []
+    for part in (slice(None, half), slice(half, None)):
+        values = v if whole else [head[:, part] for head in v]
+        halves = ([head[:, part] for head in q], [head[:, part] for head in k])
+        maps.append(_maps(config, w, layer, a, *halves, values))
+    if whole:
+        out = [first - weight * second for first, second in zip(*maps, strict=True)]
+    else:
+        out = [
+            torch.cat((first, -weight * second), -1) for first, second in zip(*maps, strict=True)
+        ]
+    return [_rms(head) * (1 - start) for head in out]
 
 
 def _rotary(config: ModelConfig, x: Tensor) -> Tensor:
-    """Pair (i, i + D/2) as a complex number, turned by position * base^(-2i/D)."""
-    half = x.size(-1) // 2
-    pairs = torch.complex(x[:, :half], x[:, half:])
-    frequency = config.rope_base ** (-2 * torch.arange(half, dtype=x.dtype) / x.size(-1))
+    """Pair (i, i + R/2) as a complex number, turned by position * base^(-2i/R); R dims turn."""
+    turned_dims = config.rope_dims or x.size(-1)
+    half = turned_dims // 2
+    base = config.rope_base
+    if config.rope_ntk_len and len(x) > config.rope_ntk_len:
+        base *= (len(x) / config.rope_ntk_len) ** (turned_dims / (turned_dims - 2))
+    pairs = torch.complex(x[:, :half], x[:, half:turned_dims])
+    frequency = base ** (-2 * torch.arange(half, dtype=x.dtype) / turned_dims)
     angle = torch.arange(len(x), dtype=x.dtype)[:, None] * frequency
     turned = pairs * torch.exp(-1j * angle)
-    return torch.cat((turned.real, turned.imag), -1)
+    return torch.cat((turned.real, turned.imag, x[:, turned_dims:]), -1)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.trainer_tests.architectures import SWITCHES, config_of
 from trainer.account import count_parameters, flops_per_token, parameter_table
 from trainer.attention import select_backend
 from trainer.config import ModelConfig
@@ -20,7 +21,29 @@ CONFIGS = [
     RECIPES["golf_baseline"].build().model,
     ModelConfig(num_layers=1, model_dim=48, num_heads=6, num_kv_heads=3, mlp_mult=1.3),
     ModelConfig(num_layers=4, model_dim=32, num_heads=2, num_kv_heads=1, tie_embeddings=False),
+    *map(config_of, SWITCHES),
 ]
+PR1212 = ModelConfig(
+    num_layers=12,
+    mlp_mult=3.0,
+    leaky_slope=0.5,
+    matrix_init="orthogonal",
+    ln_scale=True,
+    gated_skips=True,
+    backout_layer=7,
+    bigram_buckets=5120,
+    bigram_dim=128,
+    smear="channel",
+    mask_documents=False,
+    value_embed_dim=128,
+    value_embed_layers="5,9,10",
+    window=512,
+    window_layers="even_but_first",
+    xsa_last_n=7,
+    rope_dims=16,
+    rope_ntk_len=1024,
+    qk_gain_init=2.5,
+)
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -35,6 +58,18 @@ def test_table_equals_the_real_model(config: ModelConfig) -> None:
 
 def test_baseline_has_the_published_number_of_parameters() -> None:
     assert count_parameters(RECIPES["golf_baseline"].build().model) == 17_059_912
+
+
+def test_pr1212_has_the_published_number_of_parameters() -> None:
+    assert count_parameters(PR1212) == 29_751_910
+    with_lambdas = PR1212.model_copy(update={"resid_lambda_init": 1.1**0.5})
+    assert count_parameters(with_lambdas) == 29_751_910 + 2 * 12
+
+
+def test_ten_layers_of_the_baseline_are_those_of_pr675() -> None:
+    ten = RECIPES["golf_baseline"].build().model.model_copy(update={"num_layers": 10})
+    block = 512 * (512 + 256 + 256 + 512) + 2 * 512 * 1024 + 4 * 512 + 8
+    assert count_parameters(ten) == 1024 * 512 + 10 * block + 5 * 512 == 18_897_488
 
 
 @pytest.mark.parametrize("config", [CONFIGS[0], CONFIGS[3]])
@@ -58,6 +93,28 @@ def test_attention_operations_are_those_of_the_visible_keys() -> None:
     forward = config.num_layers * config.num_heads * pairs * 4 * config.head_dim
     attention = flops_per_token(config, num_tokens) - flops_per_token(config, -1)
     assert num_tokens * attention == 3 * forward
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_operations_of_a_step_equal_those_of_the_real_model(name: str) -> None:
+    """Matrix products as torch counts them, attention by the keys that the backend was asked
+    for."""
+    num_tokens, attention = 7, 0
+
+    def count_keys(q: Tensor, k: Tensor, v: Tensor, /, *, window: int | None = None) -> Tensor:
+        nonlocal attention
+        keys = [min(t, num_tokens if window is None else window) + 1 for t in range(num_tokens)]
+        of_a_key = 2 * q.size(3) + 2 * v.size(3)
+        attention += 3 * q.size(0) * q.size(2) * sum(keys) * of_a_key
+        return q + (k + v).repeat_interleave(q.size(2) // k.size(2), dim=2)
+
+    config = config_of(name)
+    model = GPT(config, count_keys)
+    tokens = torch.zeros(2, num_tokens, dtype=torch.int64)
+    with FlopCounterMode(display=False) as counter:
+        model(tokens, tokens).backward()
+    expected = 2 * num_tokens * flops_per_token(config, num_tokens)
+    assert counter.get_total_flops() + attention == pytest.approx(expected, rel=1e-12)
 
 
 def test_loads_without_torch() -> None:

@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
 from tests.trainer_tests.plain_attention import plain_attention
-from trainer.attention import ATTENTION, Attend, select_backend
+from trainer.attention import ATTENTION, Attend, attend_by_window, select_backend
 from trainer.attention.flex import attend_flex
+from trainer.attention.repeat import repeat_groups
 from trainer.errors import BackendError
 
 WINDOWS = [None, 0, 1, 4, 100]
@@ -72,6 +73,61 @@ def test_block_mask_is_part_of_one_compiled_graph() -> None:
     with torch.no_grad():
         actual = compiled(*inputs, window=40)
         torch.testing.assert_close(actual, plain_attention(*inputs, window=40))
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("num_groups", [4, 2, 1])
+def test_repeated_groups_equal_plain_attention(num_groups: int, window: int | None) -> None:
+    def without_groups(q: Tensor, k: Tensor, v: Tensor, /, *, window: int | None = None) -> Tensor:
+        assert q.shape == k.shape == v.shape
+        return plain_attention(q, k, v, window=window)
+
+    inputs = random_qkv(7, 4, num_groups)
+    cotangent = torch.randn(inputs[0].shape, dtype=torch.float64)
+    expected = expected_results(inputs, window, cotangent)
+    actual = output_and_gradients(partial(repeat_groups, without_groups), inputs, window, cotangent)
+    for got, want in zip(actual, expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(("window", "asked"), [(None, "full"), (0, "windowed"), (5, "windowed")])
+def test_windows_go_to_the_backend_for_windows(window: int | None, asked: str) -> None:
+    calls = []
+
+    def record(name: str, q: Tensor, k: Tensor, v: Tensor, /, *, window: int | None) -> Tensor:
+        calls.append((name, window))
+        return plain_attention(q, k, v, window=window)
+
+    attend = partial(attend_by_window, partial(record, "full"), partial(record, "windowed"))
+    inputs = random_qkv(9, 2, 1)
+    expected = plain_attention(*inputs, window=window)
+    torch.testing.assert_close(attend(*inputs, window=window), expected)
+    assert calls == [(asked, window)]
+
+
+def test_windows_change_nothing_of_what_auto_takes_on_cpu() -> None:
+    lines: list[str] = []
+    attend = select_backend("auto", "cpu", lines.append, windowed=True)
+    assert attend is select_backend("sdpa", "cpu", silent) and len(lines) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("window", [None, 100])
+def test_auto_on_cuda_serves_windows_with_flex_and_says_so_once(window: int | None) -> None:
+    torch._dynamo.reset()
+    lines: list[str] = []
+    attend = select_backend("auto", "cuda", lines.append, windowed=True)
+    assert sum("auto takes flex for layers with a window" in line for line in lines) == 1
+    inputs = [x.cuda() for x in random_qkv(384, 4, 2, width=64)]
+    cotangent = torch.randn(inputs[0].shape, device="cuda", dtype=torch.float64)
+    expected = expected_results([x.cpu() for x in inputs], window, cotangent.cpu())
+    compiled = torch.compile(attend, fullgraph=True, dynamic=False)
+    cast = [x.bfloat16() for x in inputs]
+    for got, want in zip(
+        output_and_gradients(compiled, cast, window, cotangent), expected, strict=True
+    ):
+        assert (got.cpu().double() - want).norm() / want.norm() < 0.01
 
 
 @pytest.mark.gpu

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import lzma
 import tracemalloc
 import zlib
 
 import brotli
 import numpy as np
 import pytest
+import zstandard
 
 from trainer.compress import CODECS, compress, decompress
 from trainer.compress.byte_shuffle import shuffle, unshuffle
-from trainer.config import CompressConfig
-from trainer.errors import ArtifactError
+from trainer.config import CompressConfig, TrainConfig
+from trainer.errors import ArtifactError, ConfigError
 
 RANDOM = np.random.default_rng(0)
 DATA: dict[str, bytes] = {
@@ -85,6 +87,61 @@ def test_a_stream_that_says_everything_but_never_ends_is_refused() -> None:
     for codec, packed in open_ended.items():
         with pytest.raises(ArtifactError, match="cut short"):
             CODECS[codec].decompress(packed, len(data))
+
+
+def test_lzma_and_zstd_streams_without_their_ends_are_refused() -> None:
+    data = DATA["codes"]
+    by_lzma, by_zstd = lzma.LZMACompressor(), zstandard.ZstdCompressor().compressobj(len(data))
+    head = by_lzma.compress(data)
+    tail = by_lzma.flush()
+    with pytest.raises(ArtifactError, match="cut short"):
+        CODECS["lzma"].decompress(head + tail[:-1], len(data))
+    open_ended = by_zstd.compress(data) + by_zstd.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
+    with pytest.raises(ArtifactError, match="pack the model again"):
+        CODECS["zstd"].decompress(open_ended, len(data))
+
+
+def test_a_zstd_frame_that_hides_its_size_is_refused() -> None:
+    stream = zstandard.ZstdCompressor().compressobj()
+    hidden = stream.compress(DATA["codes"]) + stream.flush()
+    with pytest.raises(ArtifactError, match="pack the model again"):
+        CODECS["zstd"].decompress(hidden, len(DATA["codes"]))
+
+
+def test_a_zstd_frame_that_lies_about_its_size_is_refused() -> None:
+    """The header of a bomb is made to announce what we expect; the decoder stops at that."""
+    bomb = bytearray(zstandard.ZstdCompressor(level=9).compress(bytes(300)))
+    honest = zstandard.get_frame_parameters(bytes(bomb))
+    assert honest.content_size == 300
+    small = zstandard.ZstdCompressor(level=9).compress(bytes(260))
+    header = zstandard.frame_header_size(small)
+    assert header == zstandard.frame_header_size(bytes(bomb))
+    with pytest.raises(ArtifactError, match="pack the model again"):
+        CODECS["zstd"].decompress(small[:header] + bytes(bomb[header:]), 260)
+
+
+def test_an_lzma_stream_that_asks_for_much_memory_is_refused() -> None:
+    filters = [{"id": lzma.FILTER_LZMA2, "preset": 0, "dict_size": 1 << 28}]
+    greedy = lzma.compress(bytes(100), lzma.FORMAT_XZ, lzma.CHECK_NONE, filters=filters)
+    with pytest.raises(ArtifactError, match="more than 100 bytes"):
+        CODECS["lzma"].decompress(greedy, 100)
+
+
+@pytest.mark.parametrize("level", range(10))
+def test_the_dictionary_is_as_large_as_the_level_presets_it(level: int) -> None:
+    data = np.random.default_rng(3).bytes(300_000) * 2  # the second half needs a long memory
+    ours = CODECS["lzma"].compress(data, level)
+    theirs = lzma.compress(data, lzma.FORMAT_XZ, lzma.CHECK_NONE, preset=level)
+    assert len(ours) == len(theirs)
+
+
+@pytest.mark.parametrize(
+    ("codec", "level", "word"),
+    [("lzma", 10, "above 9"), ("zstd", 0, "below 1"), ("brotli", 12, "11")],
+)
+def test_a_level_that_a_codec_lacks_is_refused(codec: str, level: int, word: str) -> None:
+    with pytest.raises(ConfigError, match=rf"compress\.level = {level} is .*{word}.*{codec}"):
+        TrainConfig().with_overrides({"compress.codec": codec, "compress.level": level})
 
 
 @pytest.mark.parametrize("codec", CODECS)

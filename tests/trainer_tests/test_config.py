@@ -69,7 +69,7 @@ def test_what_is_no_leaf_is_unknown(path: str) -> None:
         ("quantize.scheme", "int5"),
         ("quantize.embed_bits", 7),
         ("quantize.clip_percentile", 50),
-        ("compress.level", 12),
+        ("compress.level", 23),
         ("data.dir", 3),
     ],
 )

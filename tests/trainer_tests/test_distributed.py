@@ -20,11 +20,21 @@ def exercise(group: Group) -> dict[str, object]:
         "bytes": group.broadcast_bytes(b"from zero" if group.is_main else None),
         "empty": group.broadcast_bytes(b"" if group.is_main else None),
         "broadcast": group.broadcast_(torch.tensor([rank]), src=1).item(),
+        "reduce_scatter": reduce_scatter(group),
+        "all_gather": group.all_gather(torch.tensor([[rank, 7.0]])).wait().tolist(),
     }
 
 
+def reduce_scatter(group: Group) -> list[float]:
+    """This rank's part of a sum, changed after the first wait and asked for again."""
+    pending = group.reduce_scatter_sum(torch.arange(4.0) + group.rank)
+    pending.wait().mul_(10)
+    return pending.wait().tolist()
+
+
 def test_collectives_of_two_ranks() -> None:
-    for answer in run_ranks(exercise, 2):
+    for rank, answer in enumerate(run_ranks(exercise, 2)):
+        assert answer.pop("reduce_scatter") == [[10.0, 30.0], [50.0, 70.0]][rank]
         assert answer == {
             "mean": [[[0.5] * 3] * 2, 5.0, [0.5] * 4],
             "sum": 3.0,
@@ -32,6 +42,7 @@ def test_collectives_of_two_ranks() -> None:
             "bytes": b"from zero",
             "empty": b"",
             "broadcast": 1.0,
+            "all_gather": [[0.0, 7.0], [1.0, 7.0]],
         }
 
 
@@ -42,6 +53,8 @@ def test_a_group_of_one_needs_no_process_group() -> None:
         group.all_reduce_mean_([tensor])
         assert tensor.item() == 3.0
         assert group.max_float(2.5) == 2.5
+        assert reduce_scatter(group) == [0.0, 10.0, 20.0, 30.0]
+        assert group.all_gather(torch.tensor([2.0])).wait().tolist() == [2.0]
         assert group.broadcast_bytes(b"x") == b"x"
 
 

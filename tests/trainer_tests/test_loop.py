@@ -19,7 +19,7 @@ from trainer.config import TrainConfig
 from trainer.data.byte_table import ByteTable
 from trainer.data.dataset import Dataset
 from trainer.distributed import Group
-from trainer.errors import ArtifactError, DataError
+from trainer.errors import ArtifactError, ConfigError, DataError
 from trainer.evaluate.bits_per_byte import evaluate
 from trainer.loop import build_model, train
 from trainer.quantize import dequantize
@@ -296,3 +296,88 @@ def test_the_files_that_a_run_leaves(configure: Callable[..., TrainConfig], tmp_
         record["name"]: record["seconds"] for record in records if record["kind"] == "phase"
     } == (pytest.approx(result.phases))
     assert "val_bpb" in (tmp_path / "train.log").read_text()
+
+
+def test_sliding_windows_make_the_score_and_every_stage_is_recorded(
+    configure: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    plain = train(configure(), NullReporter(), tmp_path / "plain")
+    sliding = train(
+        configure(**{"evaluate.stride": 8, "evaluate.stages": True}),
+        NullReporter(),
+        tmp_path / "sliding",
+    )
+    assert plain.stages == {"trained": plain.val_bpb_prequant, "quantized": plain.val_bpb}
+    assert sliding.stages == {**plain.stages, "sliding": sliding.val_bpb}
+    assert sliding.val_bpb != plain.val_bpb and sliding.val_tokens == plain.val_tokens
+    assert {"evaluate_stages", "evaluate"} <= set(sliding.phases)
+    assert "evaluate_stages" not in plain.phases
+
+
+GPTQ = {"quantize.method": "gptq", "quantize.calibration_tokens": 1000}
+
+
+@pytest.mark.parametrize("calibration", ["train", "self"])
+def test_gptq_calibrates_on_the_final_weights_in_a_phase_of_its_own(
+    configure: Callable[..., TrainConfig], tmp_path: Path, calibration: str
+) -> None:
+    rounded = train(configure(), NullReporter(), tmp_path / "rounded")
+    config = configure(**GPTQ, **{"quantize.calibration": calibration})
+    reporter = Collector()
+    solved = train(config, reporter, tmp_path / "solved")
+    assert solved.train_loss == rounded.train_loss  # calibrating and priming it train nothing
+    assert solved.val_bpb_prequant == rounded.val_bpb_prequant
+    assert solved.artifact_sha256 != rounded.artifact_sha256
+    assert solved.phases["calibrate"] > 0 and "calibrate" not in rounded.phases
+    assert not [r for r in reporter.of("log") if "gptq" in r["line"]]
+
+
+def test_steps_end_early_enough_for_the_calibration(configure: Callable[..., TrainConfig]) -> None:
+    clock = {"schedule.progress": "clock", "budget.train_seconds": 3.0, "budget.max_steps": None}
+    config = configure(**GPTQ, **clock, **{"quantize.reserve_seconds": 2.0})
+    reporter = Collector()
+    result = train(config, reporter)
+    assert result.steps > 0 and result.phases["train"] <= 1.0
+    assert reporter.of("step")[-1]["progress"] > 0.5  # of the seconds that steps may take
+
+
+def test_a_calibration_that_outlasts_its_reserve_says_so(
+    configure: Callable[..., TrainConfig],
+) -> None:
+    clock = {"budget.train_seconds": 60.0, "quantize.reserve_seconds": 1e-6}
+    reporter = Collector()
+    result = train(configure(**GPTQ, **clock), reporter)
+    lines = [record["line"] for record in reporter.of("log")]
+    assert any("quantize.reserve_seconds = 1e-06; raise it" in line for line in lines)
+    assert result.phases["calibrate"] > 1e-6
+
+
+def gptq_on_a_rank(group: Group, config: TrainConfig, out: Path) -> TrainResult:
+    return train(config, NullReporter(), out)
+
+
+@pytest.mark.parametrize("calibration", ["train", "self"])
+def test_two_workers_calibrate_together(
+    configure: Callable[..., TrainConfig], tmp_path: Path, calibration: str
+) -> None:
+    config = configure(**GPTQ, **{"quantize.calibration": calibration})
+    first, second = run_ranks(gptq_on_a_rank, 2, config, tmp_path)
+    assert first.val_bpb == second.val_bpb
+    assert first.phases["calibrate"] == second.phases["calibrate"] > 0
+
+
+def test_a_calibration_larger_than_the_data_is_refused_before_training(
+    configure: Callable[..., TrainConfig],
+) -> None:
+    reporter = Collector()
+    with pytest.raises(DataError, match=r"quantize\.calibration_tokens = 28001 is more than"):
+        train(configure(**GPTQ | {"quantize.calibration_tokens": 28_001}), reporter)
+    assert reporter.records == []
+
+
+@pytest.mark.parametrize(("reserve", "words"), [(0.0, "keeps no time"), (8.0, "leaves nothing")])
+def test_a_reserve_that_cannot_work_is_refused(reserve: float, words: str) -> None:
+    with pytest.raises(ConfigError, match=rf"quantize\.reserve_seconds = .*{words}"):
+        RECIPES["tiny"].build().with_overrides(
+            {"quantize.method": "gptq", "quantize.reserve_seconds": reserve}
+        )

@@ -100,3 +100,34 @@ def test_learns_a_repeating_sequence() -> None:
         optimizer.step(1.0, 0.9)
         optimizer.zero_grad()
     assert loss.item() < 0.1  # log(23) = 3.1 at first
+
+
+def test_weight_decay_is_decoupled_and_grows_for_the_matrices_only() -> None:
+    """On gradients of 0 a step only decays: by lr wd for Adam, by lr (wd + ramp) for Muon."""
+    model, optimizer = build(
+        CONFIG.with_overrides(
+            {
+                "optim.weight_decay": 0.5,
+                "optim.scalar_weight_decay": 0.25,
+                "optim.embed_weight_decay": 0.125,
+                "optim.scalar_lr_late": 0.02,
+                "optim.matrix_lr_late": 0.08,
+            }
+        )
+    )
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step(0.5, 0.9, extra_decay=0.3)
+    rates = {
+        "tok_emb.weight": 0.05 * 0.125,
+        "skip_weights": 0.04 * 0.25,
+        "blocks.0.attn.q_gain": 0.04 * 0.25,
+        "blocks.1.attn.q_gain": 0.02 * 0.25,
+        "blocks.0.mlp.up.weight": 0.04 * 0.8,
+        "blocks.1.mlp.up.weight": 0.08 * 0.8,
+    }
+    for name, rate in rates.items():
+        torch.testing.assert_close(
+            model.get_parameter(name).detach(), before[name] * (1 - 0.5 * rate), rtol=1e-6, atol=0.0
+        )

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from trainer.account import parameter_table
-from trainer.config import QuantizeConfig
-from trainer.errors import ArtifactError
+from trainer.config import QuantizeConfig, TrainConfig
+from trainer.errors import ArtifactError, ConfigError
 from trainer.quantize import SCHEMES, dequantize, quantize
 from trainer.quantize.per_row import PerRow, row_percentile
 from trainer.recipes import RECIPES
@@ -143,6 +145,21 @@ def test_the_published_scale_floor_gives_every_small_row_one_coarse_step() -> No
     assert (decoded - weights).std() > 5 * (fine - weights).std()
 
 
+@pytest.mark.parametrize(("scheme", "levels"), [("int8", 127), ("int6", 31)])
+@pytest.mark.parametrize("clip", ["percentile", "search"])
+def test_floor_by_levels_is_the_floor_of_each_width(scheme: Any, levels: int, clip: Any) -> None:
+    weights = _normal(90, 90)
+    weights[:20] *= 40  # rows that the floor does not reach
+    common: dict[str, Any] = {"scheme": scheme, "clip": clip, "keep_float_max_numel": 0}
+    by_levels = quantize({"w": weights}, QuantizeConfig(**common, floor_by_levels=True))
+    by_number = quantize({"w": weights}, QuantizeConfig(**common, scale_floor=1 / levels))
+    scales = by_levels.tensors["w"].arrays["scales"]
+    np.testing.assert_array_equal(scales, by_number.tensors["w"].arrays["scales"])
+    np.testing.assert_array_equal(dequantize(by_levels)["w"], dequantize(by_number)["w"])
+    assert set(scales[20:].tolist()) == {float(np.float16(1 / levels))}
+    assert scales[:20].min() > 1 / levels
+
+
 def test_small_tensors_stay_16_bit_floats_and_control_tensors_32_bit() -> None:
     state = {
         "blocks.0.attn.q.weight": _normal(300, 300),
@@ -248,3 +265,42 @@ def test_a_gpu_makes_the_same_codes(scheme: str) -> None:
     there = SCHEMES[scheme].encode(weights.cuda(), QuantizeConfig())
     np.testing.assert_array_equal(here["scales"], there["scales"])
     np.testing.assert_array_equal(here["codes"], there["codes"])
+
+
+def test_bits_follow_the_kind_of_tensor_and_the_place_of_the_block() -> None:
+    config = QuantizeConfig(
+        scheme="int6", embed_bits=8, attn_bits=6, mlp_bits=5, keep_float_max_numel=10
+    )
+    names = ["tok_emb.weight", "head.weight"]
+    for index in range(5):
+        names += [f"blocks.{index}.attn.q.weight", f"blocks.{index}.mlp.up.weight"]
+    state = {name: _normal(9, 9, scale=index + 1.0) for index, name in enumerate(names)}
+
+    def bits(config: QuantizeConfig) -> list[str]:
+        tensors = quantize({**state}, config).tensors
+        return [tensors[name].scheme.removeprefix("int") for name in names]
+
+    assert bits(config) == ["8", "6"] + ["6", "5"] * 5
+    assert bits(config.model_copy(update={"matrix_bits": 8})) == ["8", "8"] + ["6", "5"] * 5
+    outer = config.model_copy(update={"outer_layers": 2})
+    assert bits(outer) == ["8", "6"] + ["8", "8"] * 2 + ["6", "5"] + ["8", "8"] * 2
+    assert bits(QuantizeConfig(scheme="int6", keep_float_max_numel=10)) == ["6"] * 12
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["quantize.matrix_bits", "quantize.attn_bits", "quantize.mlp_bits", "quantize.outer_bits"],
+)
+@pytest.mark.parametrize("bits", [3, 7, 16])
+def test_a_width_without_a_kernel_is_refused_with_its_path(path: str, bits: int) -> None:
+    with pytest.raises(ConfigError, match=rf"{path} = {bits}: input should be .*5, 6 or 8"):
+        TrainConfig().with_overrides({path: bits})
+
+
+def test_int5_uses_fewer_numbers_than_int6() -> None:
+    weights = _normal(64, 512)
+    for bits, levels in ((5, 15), (6, 31), (8, 127)):
+        config = QuantizeConfig.model_validate({"matrix_bits": bits, "keep_float_max_numel": 0})
+        codes = quantize({"w": weights}, config).tensors["w"].arrays["codes"]
+        assert codes.min() == -levels or codes.max() == levels
+        assert abs(codes).max() == levels

@@ -3,7 +3,7 @@
 import pytest
 
 from trainer.config import OptimConfig, ScheduleConfig
-from trainer.schedule import lr_multiplier, muon_momentum
+from trainer.schedule import extra_weight_decay, lr_multiplier, muon_momentum
 
 
 def published_baseline(step: int, elapsed_ms: float, cap_ms: float, warmdown_steps: int) -> float:
@@ -49,3 +49,20 @@ def test_momentum_rises_linearly_and_stays() -> None:
     values = [muon_momentum(config, step) for step in (0, 250, 500, 9000)]
     assert values == pytest.approx([0.85, 0.90, 0.95, 0.95])
     assert muon_momentum(OptimConfig(muon_momentum_warmup_steps=0), 0) == 0.95
+
+
+def test_momentum_may_rise_over_a_share_of_the_budget() -> None:
+    config = OptimConfig(
+        muon_momentum=0.95, muon_momentum_warmup_start=0.85, muon_momentum_warmup_frac=0.2
+    )
+    values = [muon_momentum(config, 9000, p) for p in (0.0, 0.1, 0.2, 1.0)]
+    assert values == pytest.approx([0.85, 0.90, 0.95, 0.95])
+
+
+def test_weight_decay_grows_as_the_rate_falls() -> None:
+    """The published script's line: 0.02 + 0.06 (1 - scale)."""
+    config = OptimConfig(weight_decay=0.02, weight_decay_ramp=0.06)
+    for scale in (1.0, 0.67, 0.0):
+        decay = config.weight_decay + extra_weight_decay(config, scale)
+        assert decay == pytest.approx(0.02 + 0.06 * (1.0 - scale), abs=1e-15)
+    assert extra_weight_decay(OptimConfig(weight_decay=0.3), 0.5) == 0.0

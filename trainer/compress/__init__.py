@@ -7,8 +7,12 @@ from trainer.compress.codecs import (
     Codec,
     brotli_compress,
     brotli_decompress,
+    lzma_compress,
+    lzma_decompress,
     zlib_compress,
     zlib_decompress,
+    zstd_compress,
+    zstd_decompress,
 )
 from trainer.config import CompressConfig
 
@@ -17,6 +21,8 @@ __all__ = ["CODECS", "Codec", "compress", "decompress"]
 CODECS: dict[str, Codec] = {
     "zlib": Codec(zlib_compress, zlib_decompress),
     "brotli": Codec(brotli_compress, brotli_decompress),
+    "lzma": Codec(lzma_compress, lzma_decompress),
+    "zstd": Codec(zstd_compress, zstd_decompress),
 }
 
 

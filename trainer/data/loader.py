@@ -2,31 +2,39 @@
 
 Step s of a run takes the tokens at [s * batch_tokens, (s + 1) * batch_tokens] of the stream (one
 more than a batch, for the last target), cut into rows of seq_len. Rank r of R has the r-th of R
-equal runs of rows. The position is one integer that means the same for any number of workers and
-any batch size, so a run can be resumed on other hardware.
+equal runs of rows. The position is one integer that means the same for any number of workers and,
+in sequential order, any batch size, so a run can be resumed on other hardware.
+
+With data.mix, a step is made of lanes with rows of different lengths; rank r has lanes r, r + R,
+..., each as micro batches of its own, so that every rank gets its share of the long rows. Other
+orders than the sequential one are in `row_order`.
 
 Shapes: B rows of one micro batch, T seq_len.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from trainer.config import TrainConfig
 from trainer.data.dataset import Dataset
+from trainer.data.row_order import CONTIGUOUS, ROW_ORDERS, LanePlace, RowOrder
 from trainer.data.stream import TokenStream
+from trainer.distributed import Group
 from trainer.errors import ConfigError, DataError
+from trainer.mix import Lane, lanes_of, rows_fault, sharing_fault
 
 Read = Callable[[int], np.ndarray]
 
 MicroBatches = list[tuple[Tensor, Tensor]]
-"""(x_BT, y_BT) int64 on the device, y one token ahead of x; all of one shape."""
+"""(x_BT, y_BT) int64 on the device, y one token ahead of x; all of one shape without a mix."""
 
 
 @dataclass(frozen=True)
@@ -47,18 +55,39 @@ def share_of_batch(
     A micro batch has the most rows that fit in micro_batch_tokens and divide the rank's rows.
     Raises ConfigError when the rows cannot be shared equally.
     """
-    rows = batch_tokens // seq_len
-    if rows % world_size or not rows:
-        row_count = max(world_size, rows - rows % world_size)
-        raise ConfigError(
-            f"data.batch_tokens = {batch_tokens} is {rows} rows of data.seq_len = {seq_len}, which "
-            f"{world_size} workers cannot share equally; set data.batch_tokens = "
-            f"{row_count * seq_len}, or use a number of workers that divides {rows}"
-        )
-    num_rows = rows // world_size
+    fault = rows_fault(batch_tokens, seq_len, world_size)
+    if fault is not None:
+        raise ConfigError(fault)
+    num_rows = batch_tokens // seq_len // world_size
+    return Share(rank * num_rows, num_rows, _micro_rows(num_rows, seq_len, micro_batch_tokens))
+
+
+def _micro_rows(num_rows: int, seq_len: int, micro_batch_tokens: int) -> int:
     at_most = max(1, micro_batch_tokens // seq_len)
-    micro_rows = max(n for n in range(1, min(at_most, num_rows) + 1) if num_rows % n == 0)
-    return Share(rank * num_rows, num_rows, micro_rows)
+    return max(n for n in range(1, min(at_most, num_rows) + 1) if num_rows % n == 0)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A rank's rows of one lane."""
+
+    order: RowOrder
+    seq_len: int
+    share: Share
+    contiguous: bool
+    """Rows follow one another in the stream."""
+    divisor: float
+    """Takes a micro batch's mean loss to its part of the rank's."""
+
+    @property
+    def num_values(self) -> int:
+        """Tokens to read: one more than the rows have, or one more for each row."""
+        rows = self.share.num_rows
+        return rows * self.seq_len + (1 if self.contiguous else rows)
+
+    @property
+    def num_micro_batches(self) -> int:
+        return self.share.num_rows // self.share.micro_rows
 
 
 class TrainLoader:
@@ -78,25 +107,94 @@ class TrainLoader:
         rank: int,
         world_size: int,
         device: torch.device,
+        *,
+        lanes: Sequence[Lane] = (),
+        weighting: Literal["token", "worker"] = "token",
+        loader: str = "sequential",
+        split: str = "train",
+        seed: int = 0,
     ) -> None:
-        if dataset.train_tokens <= batch_tokens:
+        """
+        Args:
+            lanes: of a mix, a multiple of world_size; () = all rows of seq_len.
+            weighting: what counts alike in the gradient, tokens or lanes.
+            loader: key of ROW_ORDERS.
+            split: "train", "val" or "both".
+            seed: of random orders.
+        """
+        shards = {"train": dataset.train_shards, "val": dataset.val_shards}
+        stream = TokenStream(shards.get(split) or [*dataset.train_shards, *dataset.val_shards])
+        if stream.num_tokens <= batch_tokens:
             raise DataError(
-                f"{dataset.dir}: {dataset.train_tokens} training tokens are less than one step of "
+                f"{dataset.dir}: {stream.num_tokens} training tokens are less than one step of "
                 f"data.batch_tokens = {batch_tokens}; lower it or give more text"
             )
-        self._share = share_of_batch(seq_len, batch_tokens, micro_batch_tokens, rank, world_size)
-        self._stream = TokenStream(dataset.train_shards)
+        self._stream = stream
         self._digest = dataset.digest
-        self._seq_len = seq_len
         self._batch_tokens = batch_tokens
+        self._loader = loader
         self._device = device
         self._position = 0
+        if lanes:
+            places = [LanePlace(tuple(lanes), i, seed) for i in range(rank, len(lanes), world_size)]
+            self._pieces = [
+                self._lane_piece(place, micro_batch_tokens, weighting, world_size)
+                for place in places
+            ]
+        else:
+            share = share_of_batch(seq_len, batch_tokens, micro_batch_tokens, rank, world_size)
+            place = LanePlace((Lane(seq_len, batch_tokens // seq_len),), 0, seed)
+            self._pieces = [self._piece(place, share, share.num_rows // share.micro_rows)]
         self._prefetch = _Prefetch(device) if device.type == "cuda" else None
+
+    @classmethod
+    def from_config(cls, dataset: Dataset, config: TrainConfig, group: Group) -> Self:
+        """The loader of a run on this rank."""
+        data = config.data
+        fault = sharing_fault(data, group.size)
+        if fault is not None:
+            raise ConfigError(fault)
+        return cls(
+            dataset,
+            data.seq_len,
+            data.batch_tokens,
+            data.micro_batch_tokens,
+            group.rank,
+            group.size,
+            group.device,
+            lanes=lanes_of(data) if data.mix else (),
+            weighting=data.mix_weighting,
+            loader=data.loader,
+            split=data.train_split,
+            seed=config.runtime.seed,
+        )
+
+    def _lane_piece(
+        self, place: LanePlace, micro_batch_tokens: int, weighting: str, world_size: int
+    ) -> _Piece:
+        """The whole of a lane. Divided by its divisor and averaged over ranks, its micro batches'
+        mean losses become the mean over lanes, or over tokens."""
+        lane = place.lane
+        micro_rows = _micro_rows(lane.num_rows, lane.seq_len, micro_batch_tokens)
+        divisor = len(place.lanes) / world_size * (lane.num_rows / micro_rows)
+        if weighting == "token":
+            divisor = place.batch_tokens / (world_size * micro_rows * lane.seq_len)
+        return self._piece(place, Share(0, lane.num_rows, micro_rows), divisor)
+
+    def _piece(self, place: LanePlace, share: Share, divisor: float) -> _Piece:
+        order = ROW_ORDERS[self._loader](self._stream.shards, place)
+        return _Piece(order, place.lane.seq_len, share, self._loader in CONTIGUOUS, divisor)
 
     @property
     def num_micro_batches(self) -> int:
         """Micro batches that `next_step` returns."""
-        return self._share.num_rows // self._share.micro_rows
+        return sum(piece.num_micro_batches for piece in self._pieces)
+
+    @property
+    def divisors(self) -> list[float]:
+        """For each micro batch, what to divide its mean loss by, so that their sum, averaged over
+        ranks, is the loss of the step."""
+        return [piece.divisor for piece in self._pieces for _ in range(piece.num_micro_batches)]
 
     @property
     def epoch(self) -> float:
@@ -115,7 +213,7 @@ class TrainLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """The position of the next step, in tokens from the start of the first epoch."""
-        return {"position": self._position, "digest": self._digest}
+        return {"position": self._position, "digest": self._digest, "loader": self._loader}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a saved position. Raises DataError when it belongs to other data."""
@@ -123,6 +221,12 @@ class TrainLoader:
             raise DataError(
                 f"the saved position belongs to data {state['digest']}, this is {self._digest}; "
                 "open the data that the run began with"
+            )
+        order = state.get("loader", "sequential")
+        if order != self._loader:
+            raise DataError(
+                f'the saved position belongs to data.loader = "{order}", this is "{self._loader}"; '
+                "go on with the loader that the run began with"
             )
         self._position = int(state["position"])
 
@@ -132,13 +236,30 @@ class TrainLoader:
             self._prefetch.close()
 
     def _read(self, position: int) -> np.ndarray:
-        """[num_rows * T + 1] int64 of this rank, at the step that starts at `position`."""
-        start = position + self._share.first_row * self._seq_len
-        return self._stream.read(start, self._share.num_rows * self._seq_len + 1).astype(np.int64)
+        """int64 tokens of all rows of this rank at the step that starts at `position`, piece after
+        piece."""
+        return np.concatenate([self._read_piece(piece, position) for piece in self._pieces])
+
+    def _read_piece(self, piece: _Piece, position: int) -> np.ndarray:
+        share, length = piece.share, piece.seq_len
+        starts = piece.order(position)[share.first_row : share.first_row + share.num_rows]
+        if piece.contiguous:
+            return self._stream.read(int(starts[0]), piece.num_values).astype(np.int64)
+        rows = [self._stream.read(int(start), length + 1) for start in starts]
+        return np.concatenate(rows).astype(np.int64)
 
     def _split(self, tokens: Tensor) -> MicroBatches:
-        shape = (-1, self._share.micro_rows, self._seq_len)
-        return list(zip(tokens[:-1].view(shape), tokens[1:].view(shape), strict=True))
+        micro_batches: MicroBatches = []
+        sizes = [piece.num_values for piece in self._pieces]
+        for piece, part in zip(self._pieces, torch.split(tokens, sizes), strict=True):
+            shape = (-1, piece.share.micro_rows, piece.seq_len)
+            if piece.contiguous:
+                x, y = part[:-1].view(shape), part[1:].view(shape)
+            else:
+                rows = part.view(-1, piece.seq_len + 1)
+                x, y = rows[:, :-1].reshape(shape), rows[:, 1:].reshape(shape)
+            micro_batches += zip(x, y, strict=True)
+        return micro_batches
 
 
 class _Prefetch:

@@ -16,8 +16,8 @@ class TokenStream:
     """Shards in order, joined end to start: position p is token p modulo the total."""
 
     def __init__(self, shards: Sequence[Path]) -> None:
-        self._shards = [open_shard(path) for path in shards]
-        self._ends = list(accumulate(len(shard) for shard in self._shards))
+        self.shards = [open_shard(path) for path in shards]
+        self._ends = list(accumulate(len(shard) for shard in self.shards))
         self.num_tokens = self._ends[-1]
 
     def read(self, start: int, count: int) -> Tokens:
@@ -27,7 +27,7 @@ class TokenStream:
         while filled < count:
             position = (start + filled) % self.num_tokens
             index = bisect_right(self._ends, position)
-            shard = self._shards[index]
+            shard = self.shards[index]
             offset = position - (self._ends[index] - len(shard))
             part = shard[offset : offset + count - filled]
             out[filled : filled + len(part)] = part

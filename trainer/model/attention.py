@@ -1,42 +1,107 @@
-"""Causal self-attention of a block: grouped queries, normalised q and k, rotary, gain on q."""
+"""Causal self-attention of a block: grouped queries, normalised q and k, rotary, gain on q.
+
+What differs between layers (window, values that join, XSA) is fixed when a layer is built.
+
+Legend: B rows, T tokens, C model width, H query heads, G key/value heads, D head width, K = G D,
+F rotary frequencies.
+"""
 
 from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.attention import Attend
+from trainer.attention.repeat import repeat_groups
 from trainer.config import ModelConfig
 from trainer.model.linear import Linear
 from trainer.model.norm import rms_norm
 from trainer.model.rotary import rotate
+from trainer.model.values import (
+    ValueEmbedScale,
+    build_value_residual,
+    exclude_own_value,
+    keep_output,
+)
+
+
+class Context(NamedTuple):
+    """What every block reads beside the residual stream."""
+
+    x0_BTC: Tensor
+    """The normalised embedding."""
+    cos_TF: Tensor
+    sin_TF: Tensor
+    value_embed_BTK: Tensor | None = None
+    """Where value embeddings are on."""
+    first_value_BTGD: Tensor | None = None
+    """Layer 0's values as projected; None while layer 0 runs."""
 
 
 class SelfAttention(nn.Module):
-    """Legend: B rows, T tokens, C model width, H query heads, G key/value heads, D head width."""
+    """See the module's description."""
 
-    def __init__(self, config: ModelConfig, attend: Attend) -> None:
+    def __init__(self, config: ModelConfig, attend: Attend, layer: int) -> None:
         super().__init__()
-        self._attend = attend
+        self._attend = attend_of_layer(config, attend, layer)
         self._head_dim = config.head_dim
         self._widths = [config.model_dim] + 2 * [config.num_kv_heads * config.head_dim]
-        self.q, self.k, self.v = (Linear(config.model_dim, width) for width in self._widths)
-        self.out = Linear(config.model_dim, config.model_dim, zero_init=True)
+        self.q, self.k, self.v = (
+            Linear(config.model_dim, width, init=config.matrix_init) for width in self._widths
+        )
+        self.out = Linear(config.model_dim, config.model_dim, init="zeros")
         self.q_gain = nn.Parameter(torch.full((config.num_heads,), config.qk_gain_init))
+        self.value_residual = build_value_residual(config, layer)
+        self.value_embed = ValueEmbedScale() if config.embeds_values(layer) else None
+        is_exclusive = layer >= config.num_layers - config.xsa_last_n
+        self._exclude = exclude_own_value if is_exclusive else keep_output
 
-    def forward(self, x_BTC: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
-        dtype = x_BTC.dtype
+    def forward(self, x_BTC: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        """What attention adds, [B, T, C], and the values as projected, [B, T, G, D]."""
+        q_BTHD, k_BTGD, projected_BTGD = self._project(x_BTC)
+        v_BTGD = self._join_values(projected_BTGD, context)
+        out_BTHD = self._attended(q_BTHD, k_BTGD, v_BTGD, self.q_gain, context)
+        out_BTC: Tensor = self.out(self._exclude(out_BTHD, v_BTGD).flatten(2))
+        return out_BTC, projected_BTGD
+
+    def _project(self, x_BTC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         # One product of three matrices side by side: the weights stay separate parameters, but the
         # activations are read once, and once more in the backward pass (1 ms of 249 on an H200).
-        weight = torch.cat((self.q.weight, self.k.weight, self.v.weight)).to(dtype)
+        weight = torch.cat((self.q.weight, self.k.weight, self.v.weight)).to(x_BTC.dtype)
+        return self._heads(F.linear(x_BTC, weight))
+
+    def _heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q_BTHD, k_BTGD, v_BTGD = (
             part.reshape(*part.shape[:2], -1, self._head_dim)
-            for part in torch.split(F.linear(x_BTC, weight), self._widths, dim=-1)
+            for part in torch.split(qkv, self._widths, dim=-1)
         )
+        return q_BTHD, k_BTGD, v_BTGD
+
+    def _join_values(self, v_BTGD: Tensor, context: Context) -> Tensor:
+        if self.value_residual is not None:
+            v_BTGD = self.value_residual(v_BTGD, context.first_value_BTGD)
+        if self.value_embed is not None:
+            v_BTGD = self.value_embed(v_BTGD, context.value_embed_BTK)
+        return v_BTGD
+
+    def _attended(
+        self, q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, gain_H: Tensor, context: Context
+    ) -> Tensor:
+        dtype = v_BTGD.dtype
+        cos_TF, sin_TF = context.cos_TF, context.sin_TF
         # The tables and the gain are fp32, so this chain is, too; it rounds once at its end.
-        q_BTHD = rotate(rms_norm(q_BTHD), cos_TF, sin_TF) * self.q_gain[:, None]
+        q_BTHD = rotate(rms_norm(q_BTHD), cos_TF, sin_TF) * gain_H[:, None]
         k_BTGD = rotate(rms_norm(k_BTGD), cos_TF, sin_TF)
-        out_BTHD = self._attend(q_BTHD.to(dtype), k_BTGD.to(dtype), v_BTGD)
-        out_BTC: Tensor = self.out(out_BTHD.flatten(2))
-        return out_BTC
+        return self._attend(q_BTHD.to(dtype), k_BTGD.to(dtype), v_BTGD)
+
+
+def attend_of_layer(config: ModelConfig, attend: Attend, layer: int) -> Attend:
+    """The backend with this layer's window and way of grouping fixed."""
+    if config.gqa == "repeat":
+        attend = partial(repeat_groups, attend)
+    window = config.window_of(layer)
+    return attend if window is None else partial(attend, window=window)

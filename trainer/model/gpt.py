@@ -1,14 +1,15 @@
-"""The language model: embedding, U-Net of blocks, softcapped head, cross-entropy.
+"""The language model: embedding, stack of blocks, softcapped head, cross-entropy.
 
-It is the challenge baseline's model (openai/parameter-golf, train_gpt.py) with one deliberate
-difference: the embedding is an fp32 master like every other weight, where the published script
-keeps it in bf16 and loses small Adam updates.
+With every switch off it is the challenge baseline's model (openai/parameter-golf, train_gpt.py)
+with one deliberate difference: the embedding is an fp32 master like every other weight, where the
+published script keeps it in bf16 and loses small Adam updates.
 
-Legend: B rows, T tokens, C model width, V vocabulary, F half of the head width.
+Legend: B rows, T tokens, C model width, V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
@@ -17,57 +18,79 @@ from torch import Tensor, nn
 
 from trainer.attention import Attend
 from trainer.config import ModelConfig
-from trainer.errors import ConfigError
+from trainer.loss import Objective
+from trainer.model.attention import Context
 from trainer.model.block import Block
+from trainer.model.embedding import BigramHash, ChannelSmear, TokenSmear, ValueTable
 from trainer.model.linear import Linear
 from trainer.model.norm import rms_norm
-from trainer.model.rotary import rotary_tables
+from trainer.model.rotary import Rotary
+from trainer.model.shared import SharedBlock, Visit
 
 MAX_SEQ_LEN = 8192
 """Rows of the rotary tables; `GPT(..., max_seq_len=)` raises it."""
 
 
 class GPT(nn.Module):
-    """Parameters are fp32; activations run in `compute_dtype`, which the builder sets.
+    """Parameters are fp32; activations run in `compute_dtype`, which the builder sets, as it does
+    `objective`, what training minimises (None = the mean cross-entropy).
 
     Initial weights come from torch's global generator of the device that is current: seed it
-    before. Traces as one graph (`torch.compile(model, fullgraph=True, dynamic=False)`); the first
-    half of the blocks feeds the second half in reverse order through `skip_weights`.
+    before. Traces as one graph (`torch.compile(model, fullgraph=True, dynamic=False)`).
+
+    Args:
+        max_seq_len: longest row that will be asked for.
+        row_lengths: lengths whose rotary tables are made in advance where rope_ntk_len makes them
+            differ; tables of other lengths are made in the graph.
     """
 
-    rotary_cos: Tensor
-    rotary_sin: Tensor
-
-    def __init__(self, config: ModelConfig, attend: Attend, max_seq_len: int = MAX_SEQ_LEN) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        attend: Attend,
+        max_seq_len: int = MAX_SEQ_LEN,
+        row_lengths: Iterable[int] = (),
+    ) -> None:
         super().__init__()
         self.config = config
         self.compute_dtype = torch.float32
+        self.objective: Objective | None = None
         self.tok_emb = nn.Embedding(config.vocab_size, config.model_dim)
         if config.tie_embeddings:
             nn.init.normal_(self.tok_emb.weight, std=config.tied_embed_init_std)
-        self.blocks = nn.ModuleList(Block(config, attend) for _ in range(config.num_layers))
-        self.num_skips = config.num_layers // 2
-        if self.num_skips:
-            self.skip_weights = nn.Parameter(torch.ones(self.num_skips, config.model_dim))
+        if config.num_loops == 1:
+            self._build_unet(config, attend)
+        else:
+            self._build_loops(config, attend)
         if not config.tie_embeddings:
-            self.head = Linear(config.model_dim, config.vocab_size, zero_init=True)
-        cos_TF, sin_TF = rotary_tables(max_seq_len, config.head_dim, config.rope_base)
-        self.register_buffer("rotary_cos", cos_TF, persistent=False)
-        self.register_buffer("rotary_sin", sin_TF, persistent=False)
+            self.head = Linear(config.model_dim, config.vocab_size, init="zeros")
+        # Last, so that one seed gives the other weights the same start with and without them.
+        self.bigram = BigramHash(config) if config.bigram_buckets else None
+        self.token_smear = TokenSmear(config) if config.smear == "token" else None
+        self.channel_smear = ChannelSmear(config) if config.smear == "channel" else None
+        self.value_embed = ValueTable(config) if config.value_embed_dim else None
+        self.rotary = Rotary(config, max_seq_len, row_lengths)
 
     def forward(
         self,
         tokens_BT: Tensor,
         targets_BT: Tensor,
-        reduction: Literal["mean", "none"] = "mean",
+        reduction: Literal["mean", "none", "objective"] = "mean",
     ) -> Tensor:
         """Cross-entropy of the targets in nats, fp32: the mean, or one value per token [B, T].
 
         Args:
             tokens_BT: int64 inputs, at most max_seq_len in a row.
             targets_BT: int64 tokens to predict, the inputs moved on by one.
+            reduction: "objective" is the scalar that training minimises; the other two never have
+                an objective's weights on the tokens.
         """
         logits_BTV = self.logits(tokens_BT)
+        if reduction == "objective":
+            if self.objective is not None:
+                objective: Tensor = self.objective(logits_BTV, targets_BT)
+                return objective
+            reduction = "mean"
         loss = F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), reduction=reduction)
         return loss if reduction == "mean" else loss.view_as(targets_BT)
 
@@ -80,28 +103,81 @@ class GPT(nn.Module):
         return cap * torch.tanh(_at_least_fp32(raw_BTV) / cap)
 
     def _hidden(self, tokens_BT: Tensor) -> Tensor:
-        """Residual stream after the last block, [B, T, C], in compute_dtype. ConfigError when T is
+        """Residual stream before the final norm, [B, T, C], in compute_dtype. ConfigError when T is
         above max_seq_len."""
-        num_tokens = tokens_BT.size(1)
-        if num_tokens > self.rotary_cos.size(0):
-            raise ConfigError(
-                f"rows of {num_tokens} tokens, but the model was built for at most "
-                f"{self.rotary_cos.size(0)}; lower data.seq_len or evaluate.seq_len, or build "
-                "GPT(..., max_seq_len=)"
-            )
-        cos_TF, sin_TF = self.rotary_cos[:num_tokens], self.rotary_sin[:num_tokens]
+        cos_TF, sin_TF = self.rotary(tokens_BT.size(1))
+        x_BTC = self._embed(tokens_BT)
+        value_embed_BTK = (
+            None if self.value_embed is None else self.value_embed(tokens_BT, self.compute_dtype)
+        )
+        return self._run_blocks(x_BTC, Context(x_BTC, cos_TF, sin_TF, value_embed_BTK))
+
+    def _embed(self, tokens_BT: Tensor) -> Tensor:
+        """The normalised embedding with what joins it, [B, T, C]."""
+        x_BTC: Tensor = self.tok_emb(tokens_BT)
+        if self.bigram is not None:
+            x_BTC = x_BTC + self.bigram(tokens_BT, self.compute_dtype)
+        if self.token_smear is not None:
+            x_BTC = self.token_smear(x_BTC, tokens_BT)
         # Cast after the lookup, not before: the backward pass then adds up rows in fp32.
-        x_BTC = rms_norm(self.tok_emb(tokens_BT)).to(self.compute_dtype)
-        x0_BTC = x_BTC
+        x_BTC = rms_norm(x_BTC).to(self.compute_dtype)
+        if self.channel_smear is not None:
+            x_BTC = self.channel_smear(x_BTC, tokens_BT)
+        return x_BTC
+
+    def _build_unet(self, config: ModelConfig, attend: Attend) -> None:
+        self.blocks = nn.ModuleList(Block(config, attend, i) for i in range(config.num_layers))
+        shape = (config.num_skips, config.model_dim)
+        if config.num_skips:
+            self.skip_weights = nn.Parameter(torch.ones(shape))
+            if config.gated_skips:
+                self.skip_gates = nn.Parameter(torch.zeros(shape))
+        if config.backout_layer >= 0:
+            self.backout = nn.Parameter(torch.full((1,), config.backout_init))
+        self._run_blocks = self._unet
+        self._join = self._interpolate if config.gated_skips else self._add
+
+    def _unet(self, x_BTC: Tensor, context: Context) -> Tensor:
+        """The first half of the blocks feeds the second half in reverse order."""
         waiting: list[Tensor] = []
-        first_decoder = self.num_skips
+        first_decoder = self.config.num_skips
+        cached_BTC = x_BTC
         for index, block in enumerate(self.blocks):
             if index >= first_decoder and waiting:
-                weight_C = self.skip_weights[index - first_decoder].to(x_BTC.dtype)
-                x_BTC = x_BTC + weight_C * waiting.pop()
-            x_BTC = block(x_BTC, x0_BTC, cos_TF, sin_TF)
+                x_BTC = self._join(x_BTC, waiting.pop(), index - first_decoder)
+            x_BTC, value_BTGD = block(x_BTC, context)
+            if index == 0:
+                context = context._replace(first_value_BTGD=value_BTGD)
             if index < first_decoder:
                 waiting.append(x_BTC)
+            if index == self.config.backout_layer:
+                cached_BTC = x_BTC
+        if self.config.backout_layer < 0:
+            return x_BTC
+        return x_BTC - self.backout.to(x_BTC.dtype) * cached_BTC
+
+    def _add(self, x_BTC: Tensor, skip_BTC: Tensor, index: int) -> Tensor:
+        return x_BTC + self.skip_weights[index].to(x_BTC.dtype) * skip_BTC
+
+    def _interpolate(self, x_BTC: Tensor, skip_BTC: Tensor, index: int) -> Tensor:
+        """g x + (1 - g) w s, g = sigmoid(gate), from 1/2 (parameter-golf #1089). The README of
+        #1212 describes x + g s, but its code does this."""
+        gate_C = torch.sigmoid(self.skip_gates[index]).to(x_BTC.dtype)
+        weight_C = self.skip_weights[index].to(x_BTC.dtype)
+        return gate_C * x_BTC + (1 - gate_C) * (weight_C * skip_BTC)
+
+    def _build_loops(self, config: ModelConfig, attend: Attend) -> None:
+        self.blocks = nn.ModuleList(
+            SharedBlock(config, attend, i) for i in range(config.num_layers)
+        )
+        num_visits = config.num_loops * config.num_layers
+        self.visits = nn.ModuleList(Visit(config) for _ in range(num_visits))
+        self._run_blocks = self._loops
+
+    def _loops(self, x_BTC: Tensor, context: Context) -> Tensor:
+        """The whole stack of blocks, num_loops times."""
+        for index, visit in enumerate(self.visits):
+            x_BTC = self.blocks[index % len(self.blocks)](visit, x_BTC, context)
         return x_BTC
 
 

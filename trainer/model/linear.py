@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,12 +17,19 @@ class Linear(nn.Module):
     in, without autocast.
     """
 
-    def __init__(self, num_in: int, num_out: int, zero_init: bool = False) -> None:
+    def __init__(
+        self,
+        num_in: int,
+        num_out: int,
+        init: Literal["uniform", "orthogonal", "zeros"] = "uniform",
+    ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(num_out, num_in))
-        if not zero_init:
+        if init == "uniform":
             # kaiming_uniform_(a=sqrt(5)), PyTorch's default for linear layers, written out
             nn.init.uniform_(self.weight, -1 / math.sqrt(num_in), 1 / math.sqrt(num_in))
+        elif init == "orthogonal":
+            nn.init.orthogonal_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype))

@@ -1,5 +1,11 @@
 """Root-mean-square normalisation without gain."""
 
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,3 +17,13 @@ EPS = torch.finfo(torch.float32).eps
 def rms_norm(x: Tensor) -> Tensor:
     """x / sqrt(mean(x^2) + EPS) over the last axis, in the dtype of x; sums run in fp32 or more."""
     return F.rms_norm(x, (x.size(-1),), eps=EPS)
+
+
+def build_norm(layer: int, ln_scale: bool) -> Callable[[Tensor], Tensor]:
+    """The norm before a block's attention and MLP: with `ln_scale` times 1 / sqrt(layer + 1), so
+    that deep layers speak more softly (parameter-golf #315)."""
+    return partial(_scaled_rms_norm, 1 / math.sqrt(layer + 1)) if ln_scale else rms_norm
+
+
+def _scaled_rms_norm(scale: float, x: Tensor) -> Tensor:
+    return rms_norm(x) * scale

@@ -38,12 +38,6 @@ class _Stack:
     first: int
     """Where the stack begins in the buffer of all updates."""
 
-    @property
-    def scale(self) -> float:
-        """Keeps the root-mean-square of a tall matrix's update at that of a square one."""
-        rows, columns = self.momentum_NRC.shape[1:]
-        return math.sqrt(max(1.0, rows / columns))
-
 
 class Muon:
     """Construct and step on all ranks alike, with equal parameters and equal gradients."""
@@ -66,8 +60,14 @@ class Muon:
         self._num_values = sum(stack.momentum_NRC.numel() for stack in self._stacks)
 
     @torch.no_grad()
-    def step(self, lr_mult: float, momentum: float) -> None:
-        """Update every matrix from its gradient, which must be the same on all ranks already."""
+    def step(self, lr_mult: float, momentum: float, extra_decay: float = 0.0) -> None:
+        """Update every matrix from its gradient, which must be the same on all ranks already.
+
+        Args:
+            lr_mult: multiplier on peak learning rates.
+            momentum: mu of this step.
+            extra_decay: added to each rule's weight decay.
+        """
         if not self._stacks:
             return
         # Ranks fill in their own matrices; the sum with the others' zeros gathers them.
@@ -80,10 +80,10 @@ class Muon:
             self._orthogonal_update(stack, momentum, part_NRC)
         self._group.all_reduce_sum_(updates)
         for stack, part_NRC in zip(self._stacks, parts, strict=True):
-            _apply(stack, part_NRC, stack.rule.lr * lr_mult)
+            apply_update(stack.params, part_NRC, stack.rule, lr_mult, extra_decay)
 
     def _orthogonal_update(self, stack: _Stack, momentum: float, part_NRC: Tensor) -> None:
-        gradient_NRC = torch.stack([_gradient(param) for param in stack.params])
+        gradient_NRC = torch.stack([gradient(param) for param in stack.params])
         stack.momentum_NRC.mul_(momentum).add_(gradient_NRC)
         own = stack.own
         if own.start < own.stop:
@@ -111,25 +111,45 @@ class Muon:
                 value.copy_(state[name])
 
 
-def _apply(stack: _Stack, part_NRC: Tensor, lr: float) -> None:
-    params: list[Tensor] = list(stack.params)
-    if stack.rule.weight_decay:
-        torch._foreach_mul_(params, 1 - lr * stack.rule.weight_decay)
-    torch._foreach_add_(params, part_NRC.float().mul_(-lr * stack.scale).unbind())
+def apply_update(
+    params: Sequence[nn.Parameter],
+    update_NRC: Tensor,
+    rule: ParamRule,
+    lr_mult: float,
+    extra_decay: float,
+) -> None:
+    """Decay N matrices of one shape and take their orthogonalised updates off them."""
+    matrices: list[Tensor] = list(params)
+    rows, columns = update_NRC.shape[1:]
+    # Keeps the root-mean-square of a tall matrix's update at that of a square one.
+    scale = math.sqrt(max(1.0, rows / columns))
+    lr, decay = rule.lr * lr_mult, rule.weight_decay + extra_decay
+    if decay:
+        torch._foreach_mul_(matrices, 1 - lr * decay)
+    torch._foreach_add_(matrices, update_NRC.float().mul_(-lr * scale).unbind())
 
 
-def _gradient(param: nn.Parameter) -> Tensor:
+def gradient(param: nn.Parameter) -> Tensor:
+    """The gradient that a backward pass left on a matrix."""
     assert param.grad is not None, "Muon steps after a backward pass through every matrix"
     return param.grad
+
+
+def by_shape(
+    params: Sequence[tuple[str, nn.Parameter, ParamRule]],
+) -> dict[tuple[torch.Size, ParamRule], list[tuple[str, nn.Parameter]]]:
+    """Matrices that can go through one product together: of one shape and under one rule."""
+    kinds: dict[tuple[torch.Size, ParamRule], list[tuple[str, nn.Parameter]]] = {}
+    for name, param, rule in params:
+        assert param.ndim == 2, f"Muon is for matrices; {name} has shape {tuple(param.shape)}"
+        kinds.setdefault((param.shape, rule), []).append((name, param))
+    return kinds
 
 
 def _stack_by_shape(
     params: Sequence[tuple[str, nn.Parameter, ParamRule]], group: Group
 ) -> list[_Stack]:
-    kinds: dict[tuple[torch.Size, ParamRule], list[tuple[str, nn.Parameter]]] = {}
-    for name, param, rule in params:
-        assert param.ndim == 2, f"Muon is for matrices; {name} has shape {tuple(param.shape)}"
-        kinds.setdefault((param.shape, rule), []).append((name, param))
+    kinds = by_shape(params)
     costs = [_cost(shape) for (shape, _), members in kinds.items() for _ in members]
     owners = _share_out(costs, group.size)
     stacks, first, seen = [], 0, 0

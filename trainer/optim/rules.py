@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Literal
 
 from trainer.config import TrainConfig
@@ -12,7 +13,8 @@ from trainer.config import TrainConfig
 
 @dataclass(frozen=True)
 class ParamRule:
-    """A row: parameters whose name matches `pattern` (shell wildcards) are treated alike."""
+    """A row: parameters whose name matches `pattern` (shell wildcards), in blocks of `layers` where
+    that is given, are treated alike."""
 
     pattern: str
     optimizer: Literal["muon", "adam"]
@@ -20,22 +22,74 @@ class ParamRule:
     """Peak learning rate."""
     weight_decay: float = 0.0
     """Decoupled: each step takes lr * weight_decay of the parameter away; 0 = off."""
+    layers: tuple[int, int] | None = None
+    """First block and the one after the last; None = all blocks and what is outside them."""
+
+    def matches(self, name: str) -> bool:
+        """Whether this row is for the parameter of that name."""
+        if not fnmatchcase(name, self.pattern):
+            return False
+        if self.layers is None:
+            return True
+        group, _, rest = name.partition(".")
+        if group != "blocks":
+            return False
+        return self.layers[0] <= int(rest.split(".")[0]) < self.layers[1]
+
+
+RESID_LAMBDA_LR = 5.0
+"""Rate of the learned factors on the residual stream over scalar_lr (parameter-golf #1130)."""
 
 
 def param_rules(config: TrainConfig) -> tuple[ParamRule, ...]:
-    """The table of the challenge's baseline, with this run's numbers.
+    """The table of the challenge's baseline with what techniques add, with this run's numbers.
 
-    Matrices of the blocks go to Muon; vectors and control tensors, the embedding and an untied head
-    to Adam.
+    Matrices of the blocks go to Muon; vectors and control tensors, tables that tokens look up, and
+    an untied head to Adam. The second half of the blocks has rows of its own where its rates
+    differ; scalars outside the blocks go with the first half, and so do the factors on the
+    residual stream, which published scripts keep in one tensor outside the blocks.
     """
     optim = config.optim
     embed_lr = optim.tied_embed_lr if config.model.tie_embeddings else optim.embed_lr
+    scalar = partial(_adam, optim.scalar_lr, optim.scalar_weight_decay)
+    table = partial(_adam, embed_lr, optim.embed_weight_decay)
     return (
+        ParamRule("blocks.*.resid_lambdas", "adam", RESID_LAMBDA_LR * optim.scalar_lr),
+        *_late_rules(config),
         ParamRule("blocks.*.weight", "muon", optim.matrix_lr, optim.weight_decay),
-        ParamRule("blocks.*", "adam", optim.scalar_lr),
-        ParamRule("skip_weights", "adam", optim.scalar_lr),
-        ParamRule("tok_emb.weight", "adam", embed_lr),
-        ParamRule("head.weight", "adam", optim.head_lr),
+        scalar("blocks.*"),
+        ParamRule("visits.*.lora.*", "adam", optim.lora_lr),
+        scalar("visits.*"),
+        scalar("skip_weights"),
+        scalar("skip_gates"),
+        scalar("backout"),
+        scalar("*_smear.*"),
+        table("bigram.table.weight"),
+        scalar("bigram.proj.weight"),
+        scalar("bigram.scale"),
+        table("value_embed.table.weight"),
+        scalar("value_embed.*"),
+        table("tok_emb.weight"),
+        ParamRule("head.weight", "adam", optim.head_lr, optim.head_weight_decay),
+    )
+
+
+def _adam(lr: float, weight_decay: float, pattern: str) -> ParamRule:
+    return ParamRule(pattern, "adam", lr, weight_decay)
+
+
+def _late_rules(config: TrainConfig) -> tuple[ParamRule, ...]:
+    """Rows of the blocks from num_layers // 2 on (parameter-golf #1130, #1212); none when both
+    halves have the same rates."""
+    optim = config.optim
+    if not optim.matrix_lr_late and not optim.scalar_lr_late:
+        return ()
+    late = (config.model.num_layers // 2, config.model.num_layers)
+    matrix_lr = optim.matrix_lr_late or optim.matrix_lr
+    scalar_lr = optim.scalar_lr_late or optim.scalar_lr
+    return (
+        ParamRule("blocks.*.weight", "muon", matrix_lr, optim.weight_decay, late),
+        ParamRule("blocks.*", "adam", scalar_lr, optim.scalar_weight_decay, late),
     )
 
 
@@ -44,7 +98,7 @@ def assign(names: Iterable[str], rules: Sequence[ParamRule]) -> dict[str, ParamR
     AssertionError that names it."""
     assigned = {}
     for name in names:
-        rule = next((rule for rule in rules if fnmatchcase(name, rule.pattern)), None)
+        rule = next((rule for rule in rules if rule.matches(name)), None)
         assert rule is not None, f"parameter {name} matches no rule of the optimiser's table"
         assigned[name] = rule
     return assigned

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -21,28 +23,43 @@ class StoreRule:
     """Applies to tensors of at most this many elements; None = any size."""
 
 
-def store_rules(config: QuantizeConfig) -> tuple[StoreRule, ...]:
-    """The challenge baseline's choice with this run's numbers.
+def kept_rules(config: QuantizeConfig) -> tuple[StoreRule, ...]:
+    """What stays a float: the challenge baseline's choice with this run's numbers.
 
     Control tensors steer whole layers and cost next to nothing, so they keep 32 bits.
     """
-    embedding = f"int{config.embed_bits}" if config.embed_bits else config.scheme
     return (
         StoreRule("*_scale", "float32"),
         StoreRule("*resid_mix", "float32"),
         StoreRule("*q_gain", "float32"),
         StoreRule("*skip_weights", "float32"),
+        StoreRule("*skip_gates", "float32"),
+        StoreRule("*resid_lambdas", "float32"),
+        StoreRule("*backout", "float32"),
+        StoreRule("*.scale", "float32"),
+        StoreRule("*_smear.gate", "float32"),
+        StoreRule("*.value_residual.*", "float32"),
+        StoreRule("*.lambda_??", "float32"),
         StoreRule("*", "float16", max_numel=config.keep_float_max_numel),
-        StoreRule("*tok_emb.weight", embedding),
-        StoreRule("*", config.scheme),
     )
 
 
-def choose_scheme(name: str, shape: tuple[int, ...], config: QuantizeConfig) -> str:
-    """The scheme of a tensor of real numbers, by its name and size."""
+def choose_scheme(
+    name: str, shape: tuple[int, ...], config: QuantizeConfig, num_layers: int
+) -> str:
+    """The scheme of a tensor of real numbers, by its name and size: that of the first rule that
+    matches, else codes of as many bits as the settings give to its kind."""
     numel = math.prod(shape)
-    return next(
+    coded = f"int{config.bits_of(name, num_layers)}"
+    kept = (
         rule.scheme
-        for rule in store_rules(config)
+        for rule in kept_rules(config)
         if fnmatchcase(name, rule.pattern) and (rule.max_numel is None or numel <= rule.max_numel)
     )
+    return next(kept, coded)
+
+
+def count_layers(names: Iterable[str]) -> int:
+    """Blocks of the model whose state dict has these names."""
+    layers = (re.match(r"blocks\.(\d+)\.", name) for name in names)
+    return max((int(layer[1]) + 1 for layer in layers if layer), default=0)

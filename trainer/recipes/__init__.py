@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from trainer.config import TrainConfig
 from trainer.recipes.golf_baseline import golf_baseline
+from trainer.recipes.pr675 import pr675
+from trainer.recipes.pr1212 import pr1212
 from trainer.recipes.tiny import tiny
 
 
@@ -38,6 +40,40 @@ RECIPES: dict[str, Recipe] = {
             ("GQA", "relu^2", "U-Net skips", "residual mix", "Muon", "warmdown", "int8", "zlib"),
             "golf-10min-16mb",
             golf_baseline,
+        ),
+        Recipe(
+            "pr675",
+            "parameter-golf #675 (1.2302 on one H100)",
+            ("LeakyReLU(0.5)^2", "LAWA", "ramping weight decay", "int8", "lzma"),
+            "golf-10min-16mb",
+            pr675,
+        ),
+        Recipe(
+            "pr1212",
+            "parameter-golf #1212 (1.1108 on 8xH100, five seeds)",
+            (
+                "window attention",
+                "mixed row lengths",
+                "split learning rates",
+                "parallel Muon",
+                "MiLe loss",
+                "EMA",
+                "LeakyReLU(0.5)^2",
+                "gated skips",
+                "backout",
+                "BigramHash",
+                "value embeddings",
+                "SmearGate",
+                "LN scale",
+                "XSA",
+                "partial RoPE",
+                "GPTQ int6",
+                "byte shuffle",
+                "brotli",
+                "sliding evaluation",
+            ),
+            "golf-10min-16mb",
+            pr1212,
         ),
     )
 }

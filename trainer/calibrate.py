@@ -1,0 +1,86 @@
+"""GPTQ's calibration text: the next training batches, or rows that the model writes itself.
+
+Never validation text. Both ways read the final weights and count against budget.train_seconds
+(phase "calibrate"); quantize.reserve_seconds keeps the time free.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from trainer.config import TrainConfig
+from trainer.data.dataset import Dataset
+from trainer.data.documents import BOS_ID
+from trainer.data.loader import TrainLoader
+from trainer.distributed import Group
+from trainer.errors import DataError
+from trainer.model.gpt import GPT
+from trainer.quantize import coded_names
+from trainer.quantize.calibration import Batches, collect_hessians, write_rows
+
+
+def check_calibration(config: TrainConfig, dataset: Dataset) -> None:
+    """Raises DataError, before training, when the settings ask for more calibration text than the
+    training set has."""
+    quantize = config.quantize
+    if quantize.method != "gptq" or quantize.calibration != "train":
+        return
+    if quantize.calibration_tokens > dataset.train_tokens:
+        raise DataError(
+            f"quantize.calibration_tokens = {quantize.calibration_tokens} is more than the "
+            f"{dataset.train_tokens} training tokens of {dataset.dir}; lower it, or set "
+            'quantize.calibration = "self"'
+        )
+
+
+def calibrate(
+    config: TrainConfig, model: GPT, loader: TrainLoader, group: Group, prime: bool = False
+) -> dict[str, Tensor]:
+    """H of every matrix that becomes codes, by name. Runs on every rank together.
+
+    Args:
+        prime: only touch every kernel in its shape, so that nothing is compiled inside the clock.
+    """
+    if config.quantize.calibration == "train":
+        num_tokens = 1 if prime else config.quantize.calibration_tokens
+        batches = _training_batches(loader, math.ceil(num_tokens / group.size))
+    else:
+        batches = _written_batches(config, model, group, prime)
+    names = coded_names(dict(model.named_parameters()), config.quantize)
+    return collect_hessians(model, names, batches, group)
+
+
+def _training_batches(loader: TrainLoader, num_tokens: int) -> Batches:
+    """The next micro batches of this rank until they have so many tokens."""
+    while num_tokens > 0:
+        for x_BT, y_BT in loader.next_step():
+            yield x_BT, y_BT
+            num_tokens -= x_BT.numel()
+            if num_tokens <= 0:
+                return
+
+
+def _written_batches(
+    config: TrainConfig, model: GPT, group: Group, prime: bool
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows of data.seq_len tokens after BOS, in portions of a micro batch. The text depends on the
+    seed and not on the number of ranks, as long as rounding does not tip a draw."""
+    seq_len = config.data.seq_len
+    num_rows = max(group.size, math.ceil(config.quantize.calibration_tokens / seq_len))
+    generator = torch.Generator().manual_seed(config.runtime.seed)
+    uniform_TB = torch.rand(
+        1 if prime else seq_len, num_rows, dtype=torch.float64, generator=generator
+    )
+    first, end = num_rows * group.rank // group.size, num_rows * (group.rank + 1) // group.size
+    micro_rows = max(1, config.data.micro_batch_tokens // seq_len)
+    for start in range(first, end, micro_rows):
+        own_TB = uniform_TB[:, start : min(start + micro_rows, end)].to(group.device)
+        begins_B = torch.full((own_TB.size(1),), BOS_ID, device=group.device)
+        rows_BT = write_rows(
+            model.logits, begins_B, seq_len, config.quantize.calibration_temperature, own_TB
+        )
+        yield rows_BT[:, :-1], rows_BT[:, 1:]

@@ -1,0 +1,97 @@
+"""What training minimises, where that is not the mean cross-entropy: weights on the tokens.
+
+Weights depend on the model's own prediction and pass no gradient (w below is a constant to
+autograd). They are part of the training objective only; scores never see them.
+
+Legend: B rows, T tokens, V vocabulary; H is the entropy of the prediction of a token in nats.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from trainer.config import LossConfig
+
+
+class Objective(nn.Module):
+    """The scalar that is differentiated: call with logits and targets. Has no parameters."""
+
+    def set_progress(self, progress: float) -> None:
+        """Move what follows the budget to the share of it that is spent; call before each step."""
+
+    def forward(self, logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class MileLoss(Objective):
+    """mean(w ce) with w = max((1 - exp(-H))^gamma, clamp): tokens that are predicted with certainty
+    count less (parameter-golf #1130, #1212).
+
+    gamma follows the budget in a triangle: 0 at its start, `mile_gamma` at `mile_peak_frac`, 0 at
+    its end. It lives in a buffer, because a Python float would be compiled into the graph. The
+    weights are not normalised, so the loss, as reported, falls below the cross-entropy on the way.
+    """
+
+    gamma: Tensor
+
+    def __init__(self, config: LossConfig) -> None:
+        super().__init__()
+        self._config = config
+        self.register_buffer("gamma", torch.zeros(()), persistent=False)
+
+    def set_progress(self, progress: float) -> None:
+        self.gamma.fill_(mile_gamma(self._config, progress))
+
+    def forward(self, logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
+        loss_BT, entropy_BT = loss_and_entropy(logits_BTV, targets_BT)
+        weight_BT = (-torch.expm1(-entropy_BT)) ** self.gamma
+        return (weight_BT.clamp(min=self._config.mile_clamp_min) * loss_BT).mean()
+
+
+class EntropyWeightedLoss(Objective):
+    """mean(w ce) / mean(w) with w = clamp(0.5 + H / mean(H), 0.5, 1.5): uncertain tokens count
+    more (parameter-golf #675).
+
+    The published form does not divide by mean(w): large weights meet large losses, so that the
+    mean grows and the learning rate is no longer what it says. `normalise=False` replays it.
+    """
+
+    def __init__(self, normalise: bool) -> None:
+        super().__init__()
+        self._normalise = normalise
+
+    def forward(self, logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
+        loss_BT, entropy_BT = loss_and_entropy(logits_BTV, targets_BT)
+        weight_BT = (0.5 + entropy_BT / entropy_BT.mean().clamp(min=1e-12)).clamp(0.5, 1.5)
+        loss = (weight_BT * loss_BT).mean()
+        return loss / weight_BT.mean() if self._normalise else loss
+
+
+def build_objective(config: LossConfig) -> Objective | None:
+    """The objective of a run; None = the mean cross-entropy, which the model computes itself."""
+    match config.kind:
+        case "cross_entropy":
+            return None
+        case "mile":
+            return MileLoss(config)
+        case "entropy":
+            return EntropyWeightedLoss(normalise=True)
+        case "entropy_published":
+            return EntropyWeightedLoss(normalise=False)
+
+
+def mile_gamma(config: LossConfig, progress: float) -> float:
+    """gamma at a share of the budget."""
+    peak = config.mile_peak_frac
+    rising = progress / peak if peak > 0 else 1.0
+    falling = (1.0 - progress) / (1.0 - peak) if peak < 1 else 1.0
+    return config.mile_gamma * max(0.0, min(rising, falling))
+
+
+def loss_and_entropy(logits_BTV: Tensor, targets_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of each target and entropy of each prediction (no gradient), nats, [B, T]."""
+    log_p_BTV = torch.log_softmax(logits_BTV, dim=-1)
+    loss_BT = -log_p_BTV.gather(-1, targets_BT[..., None])[..., 0]
+    fixed_BTV = log_p_BTV.detach()
+    return loss_BT, -(fixed_BTV.exp() * fixed_BTV).sum(-1)
