@@ -64,7 +64,7 @@ TRACKS: dict[str, Track] = {
         ),
         Track(
             name="laptop",
-            artifact_bytes=180_000,
+            artifact_bytes=200_000,
             train_seconds=8.0,
             eval_seconds=30.0,
             min_steps=20,

@@ -82,7 +82,7 @@ def test_seeds_of_one_configuration_are_one_row(study: optuna.Study, tmp_path: P
     # sd 0.04, Student's t for 2 degrees of freedom: 4.302653 * 0.04 / sqrt(3)
     assert best.interval == pytest.approx([2.24 - 0.0993655, 2.24 + 0.0993655], abs=1e-6)
     assert best.overrides == {"optim.matrix_lr": 0.04}
-    assert (best.bytes_total, best.bytes_left) == (150_000, 50_000)
+    assert (best.bytes_total, best.bytes_left) == (150_000, CAP - 150_000)
     assert (best.train_seconds, best.eval_seconds, best.steps) == (7.3, 2.0, 41)
     assert (second.n, second.interval) == (1, None)
 
@@ -118,7 +118,7 @@ def test_the_command_prints_one_list(
     add_trial(study, tmp_path / "s", 2.5, lr=0.04, seed=1)
     assert main(["leaderboard", "s", "--out", str(tmp_path), "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)
-    assert (row["number"], row["mean"], row["bytes_left"]) == (0, 2.5, 50_000)
+    assert (row["number"], row["mean"], row["bytes_left"]) == (0, 2.5, CAP - 150_000)
     assert main(["leaderboard", "s", "--out", str(tmp_path)]) == 0
     assert "optim.matrix_lr=0.04" in capsys.readouterr().out
 

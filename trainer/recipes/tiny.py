@@ -32,7 +32,7 @@ def tiny() -> TrainConfig:
         compress=CompressConfig(codec="brotli", level=11, byte_shuffle=True),
         evaluate=EvaluateConfig(seq_len=128, batch_tokens=8192),
         budget=BudgetConfig(
-            train_seconds=8.0, eval_seconds=30.0, artifact_bytes=180_000, min_steps=20
+            train_seconds=8.0, eval_seconds=30.0, artifact_bytes=200_000, min_steps=20
         ),
         runtime=RuntimeConfig(prime_steps=1, log_every=5),
     )
