@@ -218,7 +218,9 @@ def test_every_parameter_has_an_optimiser_and_control_tensors_keep_32_bits(name:
             assert rule.lr == (0.05 if config.model.tie_embeddings else 0.6), parameter
         elif parameter.endswith("resid_lambdas"):
             assert rule.lr == 5 * config.optim.scalar_lr
-        scheme = choose_scheme(parameter, table[parameter], config.quantize)
+        scheme = choose_scheme(
+            parameter, table[parameter], config.quantize, config.model.num_layers
+        )
         is_control = ".lora." not in parameter and not parameter.endswith(".weight")
         assert (scheme == "float32") == is_control, (parameter, scheme)
 
