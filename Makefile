@@ -26,8 +26,9 @@ install: $(VENV)/.installed ## make .venv with everything pinned
 demo: install ## a real sweep on this machine (TRIALS=12, NEW=1 for a fresh study)
 	@$(BIN)/caddie sweep run smoke --study $(STUDY) --trials $(TRIALS) --workers-per-trial 2 --out $(OUT) $(if $(NEW),--new)
 
+# Two files at a time: much of the service's tests is waiting for processes.
 test: install ## the whole CPU test suite
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 check: install ## ruff, ruff format, mypy, import-linter
 	@$(BIN)/ruff check .
