@@ -188,8 +188,12 @@ def test_training_ends_within_the_seconds_of_the_budget(
     assert result.phases["train"] == pytest.approx(1.4)
 
 
+@pytest.mark.parametrize("average", ["none", "ema"])
 def test_a_step_that_is_held_up_past_the_cap_is_thrown_away(
-    configure: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    configure: Callable[..., TrainConfig],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    average: str,
 ) -> None:
     seconds = 50.0
     real_step = loop.Run._step
@@ -201,7 +205,8 @@ def test_a_step_that_is_held_up_past_the_cap_is_thrown_away(
 
     monkeypatch.setattr(loop.Run, "_step", step)
     monkeypatch.setattr(loop, "BudgetClock", partial(loop.BudgetClock, now=lambda: seconds))
-    timed = {"budget.train_seconds": 1.5, "schedule.warmdown_frac": 0.0}
+    shared = {"schedule.warmdown_frac": 0.0, "average.kind": average, "average.decay": 0.5}
+    timed = {"budget.train_seconds": 1.5, **shared}
     reporter = Collector()
     held_up = train(
         configure(**{"schedule.progress": "clock", "budget.max_steps": None}, **timed),
@@ -211,9 +216,7 @@ def test_a_step_that_is_held_up_past_the_cap_is_thrown_away(
     assert held_up.steps == 12
     assert held_up.phases["train"] == pytest.approx(1.2)
     assert any("thrown away" in record["line"] for record in reporter.of("log"))
-    twelve = train(
-        configure(**{"budget.max_steps": 12, "schedule.warmdown_frac": 0.0}), NullReporter()
-    )
+    twelve = train(configure(**{"budget.max_steps": 12, **shared}), NullReporter())
     assert held_up.val_bpb == twelve.val_bpb
 
 
