@@ -107,6 +107,22 @@ def test_a_switch_leaves_the_other_initial_weights_alone(name: str) -> None:
     assert all(torch.equal(starts[0][key], starts[1][key]) for key in matrices)
 
 
+@pytest.mark.parametrize("name", SWITCHES)
+def test_no_parameter_is_cut_off_from_learning(name: str) -> None:
+    """Two factors that both begin at zero never learn: neither gives the other a gradient."""
+    torch.manual_seed(0)
+    model = GPT(ModelConfig(**(BASE | SWITCHES[name])), select_backend("sdpa", "cpu", print), 16)
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    tokens = tokens_with_documents(15)
+    for _ in range(4):
+        optimizer.zero_grad()
+        model(tokens[:, :-1], tokens[:, 1:]).backward()
+        optimizer.step()
+    still = [name for name, value in model.named_parameters() if torch.equal(value, before[name])]
+    assert not still
+
+
 def test_initial_values_are_the_published_ones() -> None:
     torch.manual_seed(0)
     switches = SWITCHES["pr1212"] | {"value_residual": "gated", "matrix_init": "orthogonal"}
@@ -116,7 +132,6 @@ def test_initial_values_are_the_published_ones() -> None:
         "skip_gates": 0.0,
         "backout": 0.1,
         "bigram.table.weight": 0.0,
-        "bigram.proj.weight": 0.0,
         "bigram.scale": 0.05,
         "channel_smear.gate": 0.0,
         "value_embed.proj.weight": 0.0,
@@ -128,8 +143,13 @@ def test_initial_values_are_the_published_ones() -> None:
     for name, value in constants.items():
         torch.testing.assert_close(weights[name], torch.full_like(weights[name], value))
     assert float(weights["value_embed.table.weight"].std()) == pytest.approx(0.01, rel=0.05)
-    k = weights["blocks.0.attn.k.weight"]
-    torch.testing.assert_close(k @ k.T, torch.eye(len(k)), atol=1e-5, rtol=0)
+    for name in ("blocks.0.attn.k.weight", "bigram.proj.weight"):
+        columns = (
+            weights[name] if weights[name].size(0) < weights[name].size(1) else weights[name].T
+        )
+        torch.testing.assert_close(
+            columns @ columns.T, torch.eye(len(columns)), atol=1e-5, rtol=0, msg=name
+        )
     assert not weights["blocks.0.attn.out.weight"].any()
 
 

@@ -20,7 +20,8 @@ class BigramHash(nn.Module):
     """A table looked up by a hash of each token and the one before it (parameter-golf #162).
 
     Bucket (36313 x_t XOR 27191 x_(t-1)) mod (N - 1); a token without a predecessor has the last
-    bucket, N - 1. Table and projection begin at zero, so that the model begins as one without them.
+    bucket, N - 1. The table begins at zero, so that the model begins as one without it; the
+    projection must not, or no gradient would ever reach either.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -32,7 +33,7 @@ class BigramHash(nn.Module):
         self.proj = (
             nn.Identity()
             if config.bigram_dim == config.model_dim
-            else Linear(config.bigram_dim, config.model_dim, init="zeros")
+            else Linear(config.bigram_dim, config.model_dim, init=config.matrix_init)
         )
         self.scale = nn.Parameter(torch.full((1,), 0.05))
 
