@@ -144,9 +144,8 @@ def test_initial_values_are_the_published_ones() -> None:
         torch.testing.assert_close(weights[name], torch.full_like(weights[name], value))
     assert float(weights["value_embed.table.weight"].std()) == pytest.approx(0.01, rel=0.05)
     for name in ("blocks.0.attn.k.weight", "bigram.proj.weight"):
-        columns = (
-            weights[name] if weights[name].size(0) < weights[name].size(1) else weights[name].T
-        )
+        matrix = weights[name]
+        columns = matrix if matrix.size(0) < matrix.size(1) else matrix.T
         torch.testing.assert_close(
             columns @ columns.T, torch.eye(len(columns)), atol=1e-5, rtol=0, msg=name
         )

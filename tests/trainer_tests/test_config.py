@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
 import re
@@ -141,6 +142,15 @@ def test_a_dictionary_with_faults_is_refused_with_all_of_them() -> None:
     assert "model.depth: no such setting" in faults
     assert "optim.adam_eps = -1" in faults
     assert "colour: no such setting" in faults
+
+
+def test_a_digest_outlives_settings_that_are_added_later() -> None:
+    """Only what differs from the defaults is in it: these names were taken before some of the
+    settings of today existed."""
+    assert TrainConfig().digest() == "44136fa355b3678a"
+    changed = TrainConfig().with_overrides({"optim.matrix_lr": 0.02, "model.num_layers": 10})
+    text = '{"model.num_layers":10,"optim.matrix_lr":0.02}'
+    assert changed.digest() == hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def test_a_digest_is_short_hex_and_does_not_depend_on_how_settings_are_written() -> None:

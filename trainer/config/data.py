@@ -1,0 +1,63 @@
+"""Settings of the data: what is read, in which order and portions."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from trainer.config.base import PositiveInt, Settings, raise_together
+from trainer.mix import lanes_of, mix_faults
+
+
+class DataConfig(Settings):
+    """What is read and in which portions."""
+
+    dir: str = ""
+    """Folder with *_train_*.bin, *_val_*.bin and a .model tokenizer. Not part of the digest: the
+    content is, through the data digest in provenance.json."""
+    seq_len: PositiveInt = 1024
+    """Tokens per training row."""
+    batch_tokens: PositiveInt = 524_288
+    """Tokens per optimiser step over all workers."""
+    micro_batch_tokens: PositiveInt = 65_536
+    """Largest number of tokens one worker sends through the model at once; the rest accumulates."""
+    val_tokens: Annotated[int, Field(ge=0)] = 0
+    """Number of scored validation tokens that evaluation must find; 0 = whatever the data set has.
+    A wrong count means a truncated or foreign validation set."""
+    mix: str = ""
+    """Rows of different lengths within a step, one lane for each of the workers it is written for:
+    "5x2048+3x6144" is five lanes with rows of 2048 tokens and three of 6144, each lane an equal
+    part of batch_tokens; "5x2048@36+3x6144@10" gives the rows of a lane. Fewer workers run several
+    lanes each. "" = off: all rows are of seq_len, which a mix does not use."""
+    mix_weighting: Literal["token", "worker"] = "token"
+    """What counts alike in the gradient of a mix: every token, or every lane's mean, as published.
+    The same unless lanes differ in tokens."""
+    loader: Literal["sequential", "shuffled", "coprime", "document"] = "sequential"
+    """Order of rows. "sequential": the stream as it is. "shuffled": every window of a row's length
+    once an epoch, at random. "coprime": windows in coprime strides, a few shards at a time.
+    "document": as sequential, but a shard starts at its first document and no step leaves it."""
+    train_split: Literal["train", "val", "both"] = "train"
+    """Text to train on. All but "train" is illegal on the golf tracks: for replays only."""
+
+    @property
+    def row_lengths(self) -> set[int]:
+        """Tokens of the training rows, each length once."""
+        return {lane.seq_len for lane in lanes_of(self)}
+
+    @model_validator(mode="after")
+    def _batches_divide(self) -> Self:
+        faults = mix_faults(self)
+        if self.mix:
+            return raise_together(self, faults)
+        if self.batch_tokens % self.seq_len:
+            faults.append(
+                f"data.seq_len = {self.seq_len} does not divide data.batch_tokens = "
+                f"{self.batch_tokens}; choose a multiple"
+            )
+        if self.micro_batch_tokens < self.seq_len:
+            faults.append(
+                f"data.micro_batch_tokens = {self.micro_batch_tokens} is less than one row of "
+                f"data.seq_len = {self.seq_len}; raise it"
+            )
+        return raise_together(self, faults)

@@ -1,0 +1,46 @@
+"""Settings of the run: its limits, and how it is executed."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from trainer.config.base import PositiveFloat, PositiveInt, Settings
+
+
+class BudgetConfig(Settings):
+    """The limits a run must keep. Filled from a track; None = no limit."""
+
+    train_seconds: PositiveFloat | None = 600.0
+    """Seconds of training on the run's own hardware, calibration included."""
+    eval_seconds: PositiveFloat | None = 600.0
+    """Seconds for everything that produces the score."""
+    artifact_bytes: PositiveInt | None = 16_000_000
+    """Packed code plus packed model."""
+    max_steps: PositiveInt | None = None
+    """Stop after this many optimiser steps."""
+    min_steps: Annotated[int, Field(ge=0)] = 0
+    """Fewer steps within train_seconds than this make the run worthless; 0 = off."""
+
+
+class RuntimeConfig(Settings):
+    """How, not what: nothing here should change a result beyond rounding. Outside the digest,
+    except seed and dtype."""
+
+    seed: int = 1337
+    """Seeds initial weights and every random choice."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """"auto" = cuda where there is one."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Compute type of matrix products; "auto" = bfloat16 on cuda, float32 on cpu."""
+    attention: Literal["auto", "sdpa", "flex"] = "auto"
+    """Attention backend; "auto" picks and says what it took."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile; "auto" = on for cuda."""
+    prime_steps: Annotated[int, Field(ge=0)] = 3
+    """Real steps before the clock starts, so that every graph is compiled; undone afterwards."""
+    log_every: PositiveInt = 10
+    """Steps between metric records."""
+    val_every: Annotated[int, Field(ge=0)] = 0
+    """Steps between validations outside the clock; 0 = only at the end."""

@@ -1,0 +1,214 @@
+"""`TrainConfig`: one training run, complete; how it is changed, written down and named."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any, Self
+
+from pydantic import ValidationError, model_validator
+
+from trainer.config.base import Settings, raise_together
+from trainer.config.data import DataConfig
+from trainer.config.evaluate import EvaluateConfig
+from trainer.config.model import ModelConfig
+from trainer.config.optim import AverageConfig, LossConfig, OptimConfig, ScheduleConfig
+from trainer.config.quantize import CompressConfig, QuantizeConfig
+from trainer.config.run import BudgetConfig, RuntimeConfig
+from trainer.errors import ConfigError
+
+
+class TrainConfig(Settings):
+    """One training run, complete."""
+
+    model: ModelConfig = ModelConfig()
+    optim: OptimConfig = OptimConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    data: DataConfig = DataConfig()
+    quantize: QuantizeConfig = QuantizeConfig()
+    compress: CompressConfig = CompressConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    budget: BudgetConfig = BudgetConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
+    loss: LossConfig = LossConfig()
+    average: AverageConfig = AverageConfig()
+
+    @model_validator(mode="after")
+    def _schedule_has_a_budget(self) -> Self:
+        faults = []
+        if self.schedule.progress == "clock" and self.budget.train_seconds is None:
+            faults.append(
+                'schedule.progress = "clock" needs budget.train_seconds; set it, or set '
+                'schedule.progress = "steps" and budget.max_steps'
+            )
+        if self.schedule.progress == "steps" and self.budget.max_steps is None:
+            faults.append('schedule.progress = "steps" needs budget.max_steps; set it')
+        if self.evaluate.batch_tokens < self.evaluate.seq_len:
+            faults.append(
+                f"evaluate.batch_tokens = {self.evaluate.batch_tokens} is less than one row of "
+                f"evaluate.seq_len = {self.evaluate.seq_len}; raise it"
+            )
+        longest_row = max(self.data.seq_len, self.evaluate.seq_len)
+        if self.model.window > longest_row:
+            faults.append(
+                f"model.window = {self.model.window} is above {longest_row}, the longest row of "
+                "data.seq_len and evaluate.seq_len; lower it, or set 0 and model.window_layers = "
+                '""'
+            )
+        faults.extend(self._calibration_faults())
+        return raise_together(self, faults)
+
+    def _calibration_faults(self) -> list[str]:
+        seconds, reserve = self.budget.train_seconds, self.quantize.reserve_seconds
+        if self.quantize.method != "gptq" or seconds is None:
+            return []
+        if reserve == 0:
+            return [
+                'quantize.method = "gptq" calibrates inside budget.train_seconds = '
+                f"{seconds:g} and quantize.reserve_seconds = 0 keeps no time for it; set "
+                "quantize.reserve_seconds (published runs took 4 to 14)"
+            ]
+        if reserve >= seconds:
+            return [
+                f"quantize.reserve_seconds = {reserve:g} leaves nothing of budget.train_seconds = "
+                f"{seconds:g} to train in; lower it"
+            ]
+        return []
+
+    @property
+    def step_seconds(self) -> float | None:
+        """Seconds in which training steps may run: budget.train_seconds less the reserve for
+        calibration. None = no limit."""
+        seconds = self.budget.train_seconds
+        if seconds is None or self.quantize.method != "gptq":
+            return seconds
+        return seconds - self.quantize.reserve_seconds
+
+    def with_overrides(self, overrides: Mapping[str, Any]) -> TrainConfig:
+        """A copy with dotted paths replaced, fully validated.
+
+        Raises ConfigError that lists every unknown path (with the nearest names), every wrong type
+        and every broken rule together.
+        """
+        faults = [_unknown_path(path) for path in overrides if path not in _leaf_paths()]
+        known = {path: value for path, value in overrides.items() if path in _leaf_paths()}
+        try:
+            changed = TrainConfig.model_validate(_replaced(self, known))
+        except ValidationError as error:
+            faults.extend(describe_faults(error))
+            # pydantic checks cross-field rules only where every field has its type: put the
+            # mistyped ones back and look again, so that one error lists both kinds.
+            mistyped = {".".join(str(part) for part in fault["loc"]) for fault in error.errors()}
+            rest = {path: value for path, value in known.items() if path not in mistyped}
+            try:
+                TrainConfig.model_validate(_replaced(self, rest))
+            except ValidationError as more:
+                faults.extend(line for line in describe_faults(more) if line not in faults)
+        if faults:
+            raise ConfigError("\n".join(faults))
+        return changed
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; `TrainConfig.from_dict` inverts it exactly."""
+        return self.model_dump(mode="json")
+
+    @classmethod
+    def from_dict(cls, tree: Mapping[str, Any]) -> TrainConfig:
+        """Inverse of to_dict. Raises ConfigError with every fault."""
+        try:
+            return cls.model_validate(tree)
+        except ValidationError as error:
+            raise ConfigError("\n".join(describe_faults(error))) from None
+
+    def flat(self) -> dict[str, Any]:
+        """Every setting by its dotted path."""
+        return dict(_walk(self.to_dict()))
+
+    def difference(self, base: TrainConfig) -> dict[str, Any]:
+        """The settings, by dotted path, in which this run differs from `base`."""
+        other = base.flat()
+        return {path: value for path, value in self.flat().items() if other[path] != value}
+
+    def digest(self) -> str:
+        """16 hex digits that name what the run computes: equal digests, equal runs.
+
+        Leaves out where the data lies and how the run is executed (data.dir, runtime.* except seed
+        and dtype), so that the same trial on another machine keeps its name; and settings at their
+        defaults, so that it keeps its name when a later version adds a setting. A default therefore
+        must not change once it has been published: a new behaviour is a new value.
+        """
+        changed = self.difference(TrainConfig())
+        for path in list(changed):
+            group, _, leaf = path.partition(".")
+            if path == "data.dir" or (group == "runtime" and leaf not in ("seed", "dtype")):
+                del changed[path]
+        text = json.dumps(changed, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def parse_overrides(pairs: list[str]) -> dict[str, object]:
+    """["optim.matrix_lr=0.02"] -> {"optim.matrix_lr": 0.02}; values are JSON, else plain strings.
+
+    Raises ConfigError naming every pair without "=".
+    """
+    broken = [pair for pair in pairs if "=" not in pair]
+    if broken:
+        raise ConfigError("\n".join(f"--set {pair}: write it as PATH=VALUE" for pair in broken))
+    overrides: dict[str, object] = {}
+    for pair in pairs:
+        path, _, text = pair.partition("=")
+        try:
+            overrides[path] = json.loads(text)
+        except json.JSONDecodeError:
+            overrides[path] = text
+    return overrides
+
+
+def describe_faults(error: ValidationError) -> list[str]:
+    """One line per fault of a pydantic error, each starting with the dotted path."""
+    lines = []
+    for fault in error.errors():
+        path = ".".join(str(part) for part in fault["loc"])
+        if fault["type"] == "value_error":
+            lines.extend(str(fault["ctx"]["error"]).split("\n"))
+        elif fault["type"] == "extra_forbidden":
+            lines.append(_unknown_path(path))
+        else:
+            lines.append(
+                f"{path} = {fault['input']!r}: {fault['msg'][0].lower()}{fault['msg'][1:]}"
+            )
+    return lines
+
+
+def _unknown_path(path: str) -> str:
+    paths = _leaf_paths()
+    near = difflib.get_close_matches(path, paths, n=3, cutoff=0.5)
+    leaf = path.split(".")[-1]
+    near += [p for p in paths if p.split(".")[-1] == leaf and p not in near]
+    hint = f"did you mean {', '.join(near)}?" if near else "see `caddie train --help`"
+    return f"{path}: no such setting; {hint}"
+
+
+def _leaf_paths() -> list[str]:
+    return [path for path, _ in _walk(TrainConfig().model_dump())]
+
+
+def _replaced(config: TrainConfig, values: Mapping[str, Any]) -> dict[str, Any]:
+    tree = config.model_dump()
+    for path, value in values.items():
+        *groups, leaf = path.split(".")
+        node = tree
+        for group in groups:
+            node = node[group]
+        node[leaf] = value
+    return tree
+
+
+def _walk(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _walk(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
