@@ -13,9 +13,9 @@ from torch import Tensor
 from trainer.attention import select_backend
 from trainer.config import LossConfig, TrainConfig
 from trainer.distributed import Group
-from trainer.loop import build_model
 from trainer.loss import MileLoss, build_objective, loss_and_entropy, mile_gamma
 from trainer.model.gpt import GPT
+from trainer.workspace import build_model
 
 Weights = Callable[[list[float]], list[float]]
 """Entropies of all tokens -> weights of all tokens."""

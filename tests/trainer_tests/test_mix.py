@@ -173,14 +173,16 @@ def gradients_of_a_step(group: Group, config: TrainConfig) -> dict[str, Any]:
     run = Run.build(config, NullReporter(), group)
     with torch.no_grad():
         generator = torch.Generator().manual_seed(5)
-        for parameter in run.model.parameters():
+        for parameter in run.work.model.parameters():
             parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
     run.optimizer.step = lambda *_: None  # type: ignore[method-assign]
     run._step(0, 0.0)
     run.optimizer.zero_grad()
     run.optimizer.zero_grad = lambda: None  # type: ignore[method-assign]
     loss = float(run._step(1, 0.25))
-    gradients = {n: p.grad.tolist() for n, p in run.model.named_parameters() if p.grad is not None}
+    gradients = {
+        n: p.grad.tolist() for n, p in run.work.model.named_parameters() if p.grad is not None
+    }
     return {"loss": loss, **gradients}
 
 
@@ -189,9 +191,9 @@ def plain_gradients(config: TrainConfig) -> dict[str, Any]:
     run = Run.build(config, NullReporter(), Group(CPU))
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
-        for parameter in run.model.parameters():
+        for parameter in run.work.model.parameters():
             parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
-    model = run.model.double()
+    model = run.work.model.double()
     model.compute_dtype = torch.float64
     total = torch.zeros((), dtype=torch.float64)
     for lane, (length, rows) in enumerate(LANES):

@@ -1,0 +1,131 @@
+"""After training: calibrate, quantise, pack, write; then read the file back and score that.
+
+What is scored is the file as read from disk, never the weights in memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+from trainer import artifact
+from trainer.calibrate import calibrate
+from trainer.code import packed_code
+from trainer.errors import ArtifactError
+from trainer.evaluate.bits_per_byte import EvalResult
+from trainer.evaluate.naive_ttt import train_on_validation
+from trainer.quantize import coded_names, dequantize, quantize
+from trainer.workspace import Workspace
+
+
+@dataclass(frozen=True)
+class PackedSize:
+    """What the artifact weighs, and what it is."""
+
+    bytes_code: int
+    bytes_model: int
+    sha256: str
+
+
+@dataclass
+class Finish:
+    """From final weights to the score; `trainer.loop.train` calls its methods in order."""
+
+    work: Workspace
+    hessians: dict[str, Tensor] = field(default_factory=dict)
+
+    def calibrate(self) -> None:
+        """Collect what GPTQ needs to know of the final weights' inputs. It reads training data or
+        writes text with the model, so it counts against budget.train_seconds."""
+        work, config = self.work, self.work.config
+        if config.quantize.method != "gptq":
+            return
+        with work.timer.phase("calibrate"):
+            self.hessians = calibrate(config, work.model, work.loader, work.group)
+        missing = set(coded_names(dict(work.model.named_parameters()), config.quantize))
+        missing -= set(self.hessians)
+        if missing:
+            names = ", ".join(sorted(missing))
+            work.log(f"gptq: rounded, as no linear product uses it: {names}")
+        self._report_overrun(work.timer.seconds["calibrate"])
+
+    def _report_overrun(self, seconds: float) -> None:
+        config = self.work.config
+        reserve = config.quantize.reserve_seconds
+        if config.budget.train_seconds is not None and seconds > reserve:
+            self.work.log(
+                f"calibration took {seconds:.1f} s where quantize.reserve_seconds = "
+                f"{reserve:g}; raise it, or lower quantize.calibration_tokens"
+            )
+
+    def score_prequant(self, steps: int, elapsed_s: float) -> EvalResult | None:
+        """Bits per byte of the weights in memory, in plain rows; None when switched off."""
+        work = self.work
+        if not work.config.evaluate.prequant:
+            return None
+        with work.timer.phase("evaluate_prequant"):
+            result = work.evaluate(work.config.evaluate.plain())
+        work.stages["averaged" if "trained" in work.stages else "trained"] = result.val_bpb
+        work.reporter.emit(
+            "val",
+            step=steps,
+            elapsed_s=elapsed_s,
+            val_loss=result.val_loss,
+            val_bpb=result.val_bpb,
+        )
+        return result
+
+    def pack(self, path: Path) -> PackedSize:
+        """Quantise, pack and write on rank 0. A failure there is raised on every rank."""
+        group = self.work.group
+        failure, size = "", PackedSize(0, 0, "")
+        if group.is_main:
+            try:
+                size = self._write_artifact(path)
+            except ArtifactError as error:
+                failure = str(error)
+        failure = group.broadcast_bytes(failure.encode() if group.is_main else None).decode()
+        if failure:
+            raise ArtifactError(failure)
+        return size
+
+    def _write_artifact(self, path: Path) -> PackedSize:
+        work = self.work
+        with work.timer.phase("quantize"):
+            state = work.model.state_dict()
+            quantized = quantize(state, work.config.quantize, self.hessians, work.log)
+        with work.timer.phase("pack"):
+            blob = artifact.encode(quantized, work.config)
+            artifact.write(path, blob)
+        return PackedSize(len(packed_code()), len(blob), artifact.sha256(blob))
+
+    def score_artifact(self, path: Path) -> EvalResult:
+        """Bits per byte of the file: read it back, decode, load, evaluate on all ranks."""
+        work, config = self.work, self.work.config.evaluate
+        if config.stages and config != config.plain():
+            with work.timer.phase("evaluate_stages"):
+                self._load(path)
+                work.stages["quantized"] = work.evaluate(config.plain()).val_bpb
+        with work.timer.phase("evaluate"):
+            self._load(path)
+            if config.naive_ttt_epochs:
+                train_on_validation(
+                    work.forward,
+                    work.model.parameters(),
+                    work.dataset,
+                    config,
+                    work.config.data.micro_batch_tokens,
+                    work.group,
+                )
+            score = work.evaluate(config)
+        work.stages[config.method] = score.val_bpb
+        return score
+
+    def _load(self, path: Path) -> None:
+        """Put the weights of the file that rank 0 reads into the model of every rank."""
+        group = self.work.group
+        blob = artifact.read(path) if group.is_main else None
+        _, quantized = artifact.decode(group.broadcast_bytes(blob))
+        self.work.model.load_state_dict(dequantize(quantized))

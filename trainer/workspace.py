@@ -1,0 +1,140 @@
+"""What every phase of a run works on: the data, the model, the clock of phases, the reporter."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from trainer.attention import select_backend
+from trainer.calibrate import check_calibration
+from trainer.clock import PhaseTimer
+from trainer.config import EvaluateConfig, TrainConfig
+from trainer.data.byte_table import ByteTable
+from trainer.data.dataset import Dataset
+from trainer.data.loader import TrainLoader
+from trainer.distributed import Group
+from trainer.evaluate.bits_per_byte import EvalResult, evaluate
+from trainer.loss import build_objective
+from trainer.model.gpt import GPT
+from trainer.report import Reporter
+
+
+@dataclass
+class Workspace:
+    """One rank's share of a run; the phases in loop.py and finish.py work on it in turn."""
+
+    config: TrainConfig
+    reporter: Reporter
+    group: Group
+    dataset: Dataset
+    byte_table: ByteTable
+    model: GPT
+    forward: Callable[..., Tensor]
+    """The model, compiled where that is on."""
+    loader: TrainLoader
+    timer: PhaseTimer
+    stages: dict[str, float] = field(default_factory=dict)
+    """Bits per byte by stage, in the words of TrainResult.stages."""
+
+    @classmethod
+    def open(cls, config: TrainConfig, reporter: Reporter, group: Group) -> Workspace:
+        """Open the data and build the same model on every rank."""
+        device = group.device
+        timer = PhaseTimer(
+            torch.cuda.synchronize if device.type == "cuda" else _nothing,
+            lambda name, seconds: reporter.emit("phase", name=name, seconds=seconds),
+        )
+        with timer.phase("build"):
+            dataset = Dataset.open(config.data.dir, config.model.vocab_size)
+            dataset.check_scored_tokens(config.evaluate.seq_len, config.data.val_tokens)
+            check_calibration(config, dataset)
+            byte_table = ByteTable.from_tokenizer(dataset.tokenizer_path, config.model.vocab_size)
+            torch.manual_seed(config.runtime.seed)
+            if device.type == "cuda":
+                torch.set_float32_matmul_precision("high")
+                torch.cuda.reset_peak_memory_stats()
+            model = build_model(config, group, lambda line: reporter.emit("log", line=line))
+            loader = TrainLoader.from_config(dataset, config, group)
+        forward = (
+            torch.compile(model, dynamic=False, fullgraph=True)
+            if _compiles(config, device)
+            else model
+        )
+        reporter.emit(
+            "start",
+            num_params=count(model),
+            world_size=group.size,
+            device=device_name(device),
+            total_tokens_per_step=config.data.batch_tokens,
+            data_digest=dataset.digest,
+        )
+        return cls(config, reporter, group, dataset, byte_table, model, forward, loader, timer)
+
+    def log(self, line: str) -> None:
+        """Say something to the reader of the run's log."""
+        self.reporter.emit("log", line=line)
+
+    def evaluate(self, config: EvaluateConfig) -> EvalResult:
+        """Bits per byte of the weights in memory, over all ranks."""
+        return evaluate(self.forward, self.dataset, self.byte_table, config, self.group)
+
+    def peak_memory(self) -> int:
+        """Bytes that the most loaded rank has used at once: of the GPU, or of its process."""
+        return int(self.group.max_float(_peak_memory(self.group.device)))
+
+
+def build_model(config: TrainConfig, group: Group, log: Callable[[str], None]) -> GPT:
+    """The model on its device, with rank 0's initial weights on every rank.
+
+    Weights come from torch's global generator: seed it before. Raises BackendError when the
+    attention backend of runtime.attention cannot run here.
+    """
+    attend = select_backend(
+        config.runtime.attention, group.device.type, log, windowed=config.model.window > 0
+    )
+    row_lengths = config.data.row_lengths | {config.evaluate.seq_len}
+    model = GPT(config.model, attend, max(row_lengths), row_lengths)
+    model.objective = build_objective(config.loss)
+    model.to(group.device)
+    model.compute_dtype = _compute_dtype(config, group.device)
+    for parameter in model.parameters():
+        group.broadcast_(parameter.data)
+    return model
+
+
+def count(model: GPT) -> int:
+    """Parameters of the model, shared ones once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def device_name(device: torch.device) -> str:
+    """What the device calls itself."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def _compiles(config: TrainConfig, device: torch.device) -> bool:
+    if config.runtime.compile == "auto":
+        return device.type == "cuda"
+    return config.runtime.compile == "on"
+
+
+def _compute_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
+    if config.runtime.dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return torch.bfloat16 if config.runtime.dtype == "bfloat16" else torch.float32
+
+
+def _peak_memory(device: torch.device) -> float:
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device))
+    unit = 1 if sys.platform == "darwin" else 1024
+    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+
+
+def _nothing() -> None:
+    pass
