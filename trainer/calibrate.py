@@ -45,9 +45,12 @@ def calibrate(
     Args:
         prime: only touch every kernel in its shape, so that nothing is compiled inside the clock.
     """
-    if config.quantize.calibration == "train":
-        num_tokens = 1 if prime else config.quantize.calibration_tokens
-        batches = _training_batches(loader, math.ceil(num_tokens / group.size))
+    batches: Batches
+    if config.quantize.calibration == "train" and prime:
+        batches = _one_of_each_shape(loader)
+    elif config.quantize.calibration == "train":
+        num_tokens = math.ceil(config.quantize.calibration_tokens / group.size)
+        batches = _training_batches(loader, num_tokens)
     else:
         batches = _written_batches(config, model, group, prime)
     names = coded_names(dict(model.named_parameters()), config.quantize)
@@ -62,6 +65,15 @@ def _training_batches(loader: TrainLoader, num_tokens: int) -> Batches:
             num_tokens -= x_BT.numel()
             if num_tokens <= 0:
                 return
+
+
+def _one_of_each_shape(loader: TrainLoader) -> Iterator[tuple[Tensor, Tensor]]:
+    """Of the next step, the first micro batch of each shape: a mix has several."""
+    seen = set()
+    for x_BT, y_BT in loader.next_step():
+        if x_BT.shape not in seen:
+            seen.add(x_BT.shape)
+            yield x_BT, y_BT
 
 
 def _written_batches(
