@@ -35,6 +35,10 @@ def run(
     new: Annotated[
         bool, typer.Option("--new", help="A fresh study: adds -2, -3 ... to a name in use.")
     ] = False,
+    recipe: Annotated[
+        str | None,
+        typer.Option("--recipe", metavar="NAME", help="Instead of the space's own recipe."),
+    ] = None,
     trials: Annotated[
         int | None, typer.Option("--trials", min=1, help="Trials of the study in all.")
     ] = None,
@@ -86,7 +90,7 @@ def run(
             "grace_seconds": grace,
         }
     )
-    plan = make_plan(space, study, new, sets, settings)
+    plan = make_plan(space, study, new, sets, settings, recipe)
     from service.status import status_of
     from service.study import open_study
 

@@ -11,10 +11,11 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from service.commands.data import data_for
+from service.commands.recipe_config import recipe_named
 from service.commands.recipe_config import settings as overrides_from
 from service.commands.study_files import artifact_root, study_dir, tracking_uri
 from service.commands.terminal import messages, named, say
@@ -51,7 +52,12 @@ class Plan:
 
 
 def make_plan(
-    space: str, study: str | None, new: bool, sets: list[str] | None, settings: ServiceSettings
+    space: str,
+    study: str | None,
+    new: bool,
+    sets: list[str] | None,
+    settings: ServiceSettings,
+    recipe: str | None = None,
 ) -> Plan:
     """Check everything that can be asked wrongly, before a study or a cluster is touched.
 
@@ -61,6 +67,10 @@ def make_plan(
     from service.study import study_names
 
     chosen = named("space", space, SPACES)
+    own_name = chosen.name
+    if recipe and recipe_named(recipe).name != chosen.recipe:
+        own_name = f"{chosen.name}-{recipe}"
+        chosen = replace(chosen, recipe=recipe)
     track = settings.track(chosen.track)
     base = chosen.base()
     overrides = overrides_from(base, sets)
@@ -74,7 +84,7 @@ def make_plan(
     config = base.with_overrides({**budget, **overrides})
     if "data.dir" not in overrides:
         overrides["data.dir"] = str(data_for(config, settings.data, chosen.recipe))
-    name = study or chosen.name
+    name = study or own_name
     if "/" in name or name in ("", ".", ".."):
         raise UsageError(f"--study {name!r}: cannot be the name of a folder; leave out slashes")
     if new:

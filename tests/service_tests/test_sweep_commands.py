@@ -17,6 +17,7 @@ import pytest
 from optuna.trial import TrialState
 
 from service.cli import main
+from tests.trainer_tests.small_recipes import SMALL
 from trainer.data.demo_corpus import build_demo
 
 ROOT = Path(__file__).parents[2]
@@ -216,3 +217,23 @@ def test_windows_and_mixes_are_swept_on_a_small_pr1212(
         config = json.loads((folder / "config.json").read_text())
         assert (config["data"]["mix"], config["model"]["window"]) == (mix, 512)
         assert json.loads((folder / "result.json").read_text())["phases"]["calibrate"] > 0
+
+
+@pytest.mark.slow
+def test_a_space_is_swept_on_another_recipe_that_is_asked_for(
+    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A small pr675, with its averaged weights and its own codec, in the space learning_rates."""
+    small = SMALL["pr675"] | {"model.vocab_size": 512, "budget.max_steps": 3}
+    command = ["sweep", "run", "learning_rates", "--recipe", "pr675", "--runner", "local"]
+    command += ["--trials", "1", "--json"]
+    command += ["--out", str(tmp_path / "runs"), "--data", str(data)]
+    for path, value in {**small, "average.interval": 1, "runtime.prime_steps": 0}.items():
+        command += ["--set", path + "=" + (value if isinstance(value, str) else json.dumps(value))]
+    assert main(command) == 0
+    assert json.loads(capsys.readouterr().out)["feasible"] == 1
+    folder = tmp_path / "runs" / "learning_rates-pr675" / "trial-00000"
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["average"]["kind"], config["compress"]["codec"]) == ("lawa", "lzma")
+    assert main(["sweep", "run", "learning_rates", "--recipe", "pr676"]) == 2
+    assert "pr675" in capsys.readouterr().err
