@@ -146,7 +146,9 @@ class Run:
         self.optimizer.average_gradients([total], optim.grad_clip_norm)
         lr_mult = lr_multiplier(self.config.schedule, step, progress)
         self.optimizer.step(
-            lr_mult, muon_momentum(optim, step, progress), extra_weight_decay(optim, lr_mult)
+            lr_mult,
+            muon_momentum(optim, step, progress),
+            extra_weight_decay(optim, lr_mult, progress),
         )
         self.optimizer.zero_grad()
         return total

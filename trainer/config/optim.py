@@ -63,6 +63,38 @@ class OptimConfig(Settings):
     """Decoupled weight decay of an untied head; 0 = off."""
     lora_lr: PositiveFloat = 0.04
     """Adam learning rate of the adapters of shared blocks."""
+    muon_row_normalize: bool = False
+    """MuonEq-R: rows of the momentum are brought to norm 1 before they are orthogonalised."""
+    muon_row_eps: PositiveFloat = 1e-7
+    """A row's norm counts as at least this under muon_row_normalize."""
+    orthogonalization: Literal["newton_schulz", "polar_express", "gram", "turbo"] = "newton_schulz"
+    """"newton_schulz": one polynomial, muon_backend_steps times. "polar_express": a polynomial of
+    its own for each iteration. "gram": such polynomials worked out on the short side of matrices
+    that are more than twice as long as wide. "turbo": rows preconditioned, which saves one
+    iteration (published with muon_backend_steps = 4)."""
+    muon_post_norm: Literal["none", "row", "col", "row_col"] = "none"
+    """What of an orthogonalised update is brought to norm 1: rows, columns, or one after the other
+    (published with "turbo")."""
+    weight_decay_taper_start: Fraction = 1.0
+    """Share of the budget from which the matrices' weight decay falls linearly to
+    weight_decay_taper_final of itself at the end; 1 = off."""
+    weight_decay_taper_final: Fraction = 0.5
+    """Multiplier on the matrices' weight decay at the end of a taper."""
+
+    @model_validator(mode="after")
+    def _iterations_exist(self) -> Self:
+        most = MOST_STEPS.get(self.orthogonalization)
+        faults = []
+        if most is not None and self.muon_backend_steps > most:
+            faults.append(
+                f"optim.muon_backend_steps = {self.muon_backend_steps} is above {most}, the "
+                f'polynomials of optim.orthogonalization = "{self.orthogonalization}"; lower it'
+            )
+        return raise_together(self, faults)
+
+
+MOST_STEPS = {"polar_express": 5, "gram": 5, "turbo": 6}
+"""Iterations for which optim.orthogonalization has polynomials, where it is a table."""
 
 
 class ScheduleConfig(Settings):
