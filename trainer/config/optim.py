@@ -144,6 +144,10 @@ class AverageConfig(Settings):
     """Snapshots that LAWA keeps, each as large as the model; 0 = all."""
     start: Fraction = 0.0
     """Share of the budget after which the average begins."""
+    shadow: Literal["float32", "bfloat16_embedding"] = "float32"
+    """What EMA keeps. "bfloat16_embedding": the token embedding's average in bf16, whose steps are
+    coarser than what it should move by, so that it lags: the published EMA of #1894, for replays
+    only."""
 
     @model_validator(mode="after")
     def _it_begins(self) -> Self:
@@ -152,5 +156,10 @@ class AverageConfig(Settings):
             faults.append(
                 f'average.kind = "{self.kind}" would never begin at average.start = 1; lower it, '
                 'or set average.kind = "none"'
+            )
+        if self.kind in ("swa", "lawa") and self.shadow != "float32":
+            faults.append(
+                f'average.shadow = "{self.shadow}" is a mistake of EMA alone; set average.shadow = '
+                '"float32", or average.kind = "ema"'
             )
         return raise_together(self, faults)
