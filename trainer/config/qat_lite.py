@@ -36,7 +36,7 @@ class QatLiteConfig(Settings):
     start: Fraction = 0.55
     """Share of the budget at which it begins; from there the strength rises linearly to the end."""
     every: PositiveInt = 4
-    """Acts at every so manieth step."""
+    """Steps from one at which it acts to the next."""
 
     @model_validator(mode="after")
     def _it_acts_and_does_not_overshoot(self) -> Self:
