@@ -75,7 +75,7 @@ def _compare(backend: str, length: int, arguments: argparse.Namespace) -> dict[s
         )
         try:
             call = _call(attend, window, _inputs(length, arguments, device))
-            times[name] = 1000 * _median_seconds(call, arguments.repeats, device)
+            times[name] = 1000 * median_seconds(call, arguments.repeats, device)
         except torch.OutOfMemoryError:
             times[name] = None
     full, windowed = times["full_ms"], times["windowed_ms"]
@@ -105,7 +105,8 @@ def _call(attend: Attend, window: int | None, inputs: list[Tensor]) -> Callable[
     return forward_and_backward
 
 
-def _median_seconds(call: Callable[[], None], repeats: int, device: torch.device) -> float:
+def median_seconds(call: Callable[[], None], repeats: int, device: torch.device) -> float:
+    """Seconds of a call after a few unmeasured ones: by events on cuda, by the clock elsewhere."""
     for _ in range(max(1, repeats // 5)):
         call()
     if device.type == "cuda":

@@ -27,6 +27,7 @@ from trainer.legality import illegal_in_use
 from trainer.optim import Optimizer, WeightAverage, build_average, build_optimizer
 from trainer.pacer import StepPacer
 from trainer.quantize.aware import QuantizationAware
+from trainer.quantize.qat_lite import QatLite
 from trainer.report import NullReporter, Reporter, TrainResult
 from trainer.schedule import extra_weight_decay, lr_multiplier, muon_momentum
 from trainer.workspace import Workspace, count, device_name
@@ -81,6 +82,7 @@ class Run:
     clock: BudgetClock
     aware: QuantizationAware
     average: WeightAverage | None
+    qat_lite: QatLite
     steps: int = 0
     train_loss: float | None = None
     step_seconds: list[float] = field(default_factory=list)
@@ -98,6 +100,7 @@ class Run:
             BudgetClock(config.step_seconds, group),
             QuantizationAware(work.model, config.quantize),
             build_average(config.average, work.model.state_dict()),
+            QatLite(work.model, config.qat_lite),
         )
 
     @property
@@ -142,12 +145,16 @@ class Run:
                 loss = self.work.forward(tokens, targets, reduction="objective") / divisor
                 torch.autograd.backward(loss)
                 total += loss.detach()
+        self.qat_lite.add_gradients(step, progress)
         optim = self.config.optim
         self.optimizer.average_gradients([total], optim.grad_clip_norm)
         lr_mult = lr_multiplier(self.config.schedule, step, progress)
         self.optimizer.step(
-            lr_mult, muon_momentum(optim, step, progress), extra_weight_decay(optim, lr_mult)
+            lr_mult,
+            muon_momentum(optim, step, progress),
+            extra_weight_decay(optim, lr_mult, progress),
         )
+        self.qat_lite.pull(step, progress)
         self.optimizer.zero_grad()
         return total
 

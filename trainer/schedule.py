@@ -39,10 +39,17 @@ def muon_momentum(config: OptimConfig, step: int, progress: float = 0.0) -> floa
     return start + share * (config.muon_momentum - start)
 
 
-def extra_weight_decay(config: OptimConfig, lr_mult: float) -> float:
-    """What the ramp adds to the matrices' weight decay at a learning-rate multiplier.
+def extra_weight_decay(config: OptimConfig, lr_mult: float, progress: float = 0.0) -> float:
+    """What ramp and taper add to the matrices' weight decay at a learning-rate multiplier and a
+    share of the budget.
 
     parameter-golf #309 and #675: wd = base + ramp (1 - multiplier). Decay acts times the scheduled
     rate, so what a step takes away, lr wd, peaks on the way down and ends at 0 with the rate.
+    parameter-golf #1729: from a share of the budget on, wd falls linearly to a part of itself.
     """
-    return config.weight_decay_ramp * (1.0 - lr_mult)
+    ramp = config.weight_decay_ramp * (1.0 - lr_mult)
+    start = config.weight_decay_taper_start
+    if progress <= start:
+        return ramp
+    gone = (progress - start) / (1.0 - start) * (1.0 - config.weight_decay_taper_final)
+    return ramp - gone * (config.weight_decay + ramp)

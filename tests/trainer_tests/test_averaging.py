@@ -83,6 +83,34 @@ def test_ema_of_half_precision_weights_moves_by_less_than_their_resolution() -> 
     assert average.result()["w"].item() == 1.0 + 2**-7
 
 
+@pytest.mark.parametrize("start", [0.0, 0.4])
+def test_the_published_shadow_rounds_the_embedding_alone(start: float) -> None:
+    """Weights that move once: the fp32 average follows; the embedding's stays where it began, for
+    good, because its increment is lost between two bf16 numbers."""
+    live = {name: torch.ones(3) for name in ("tok_emb.weight", "other")}
+    config = AverageConfig(kind="ema", decay=0.9965, start=start, shadow="bfloat16_embedding")
+    average = build_average(config, live)
+    assert average is not None
+    average.update(0.4)
+    for value in live.values():
+        value.fill_(1.25)
+    want = {"tok_emb.weight": torch.tensor(1.0).bfloat16(), "other": torch.tensor(1.0).double()}
+    for _ in range(700):
+        average.update(0.5)
+        rounded = (want["tok_emb.weight"].float() * 0.9965).bfloat16().float()
+        want["tok_emb.weight"] = (rounded + (1 - 0.9965) * 1.25).bfloat16()
+        want["other"] = want["other"] * 0.9965 + (1 - 0.9965) * 1.25
+    got = average.result()
+    assert (got["tok_emb.weight"] == want["tok_emb.weight"].float()).all()
+    torch.testing.assert_close(got["other"].double(), want["other"].expand(3), rtol=1e-5, atol=0)
+    assert float(want["other"]) > 1.22 and float(want["tok_emb.weight"]) < 1.1
+
+
+def test_the_published_shadow_is_refused_beside_other_averages() -> None:
+    with pytest.raises(ValidationError, match=r"average\.shadow.*set average\.shadow = .float32"):
+        AverageConfig(kind="swa", shadow="bfloat16_embedding")
+
+
 @pytest.mark.parametrize(
     ("overrides", "steps"),
     [

@@ -66,3 +66,21 @@ def test_weight_decay_grows_as_the_rate_falls() -> None:
         decay = config.weight_decay + extra_weight_decay(config, scale)
         assert decay == pytest.approx(0.02 + 0.06 * (1.0 - scale), abs=1e-15)
     assert extra_weight_decay(OptimConfig(weight_decay=0.3), 0.5) == 0.0
+
+
+def test_weight_decay_tapers_to_a_part_of_itself() -> None:
+    """#1729: full decay up to 0.70 of the budget, then linear to half of it."""
+    config = OptimConfig(weight_decay=0.095, weight_decay_taper_start=0.7)
+    for progress, part in [(0.0, 1.0), (0.7, 1.0), (0.85, 0.75), (1.0, 0.5)]:
+        decay = config.weight_decay + extra_weight_decay(config, 0.3, progress)
+        assert decay == pytest.approx(0.095 * part, abs=1e-15)
+    both = OptimConfig(
+        weight_decay=0.02,
+        weight_decay_ramp=0.06,
+        weight_decay_taper_start=0.5,
+        weight_decay_taper_final=0.0,
+    )
+    for progress, part in [(0.5, 1.0), (0.9, 0.2), (1.0, 0.0)]:
+        decay = both.weight_decay + extra_weight_decay(both, 0.25, progress)
+        assert decay == pytest.approx((0.02 + 0.06 * 0.75) * part, abs=1e-15)
+    assert extra_weight_decay(OptimConfig(weight_decay=0.3), 0.5, 1.0) == 0.0

@@ -12,6 +12,7 @@ from trainer.config.data import DataConfig
 from trainer.config.evaluate import EvaluateConfig
 from trainer.config.model import ModelConfig
 from trainer.config.optim import AverageConfig, LossConfig, OptimConfig, ScheduleConfig
+from trainer.config.qat_lite import QatLiteConfig
 from trainer.config.quantize import CODEC_LEVELS, CompressConfig, QuantizeConfig
 from trainer.config.run import BudgetConfig, RuntimeConfig
 from trainer.config.train import TrainConfig, describe_faults, parse_overrides
@@ -26,6 +27,7 @@ __all__ = [
     "LossConfig",
     "ModelConfig",
     "OptimConfig",
+    "QatLiteConfig",
     "QuantizeConfig",
     "RuntimeConfig",
     "ScheduleConfig",

@@ -63,6 +63,38 @@ class OptimConfig(Settings):
     """Decoupled weight decay of an untied head; 0 = off."""
     lora_lr: PositiveFloat = 0.04
     """Adam learning rate of the adapters of shared blocks."""
+    muon_row_normalize: bool = False
+    """MuonEq-R: rows of the momentum are brought to norm 1 before they are orthogonalised."""
+    muon_row_eps: PositiveFloat = 1e-7
+    """A row's norm counts as at least this under muon_row_normalize."""
+    orthogonalization: Literal["newton_schulz", "polar_express", "gram", "turbo"] = "newton_schulz"
+    """"newton_schulz": one polynomial, muon_backend_steps times. "polar_express": a polynomial of
+    its own for each iteration. "gram": such polynomials worked out on the short side of matrices
+    that are more than twice as long as wide. "turbo": rows preconditioned, which saves one
+    iteration (published with muon_backend_steps = 4)."""
+    muon_post_norm: Literal["none", "row", "col", "row_col"] = "none"
+    """What of an orthogonalised update is brought to norm 1: rows, columns, or one after the other
+    (published with "turbo")."""
+    weight_decay_taper_start: Fraction = 1.0
+    """Share of the budget from which the matrices' weight decay falls linearly to
+    weight_decay_taper_final of itself at the end; 1 = off."""
+    weight_decay_taper_final: Fraction = 0.5
+    """Multiplier on the matrices' weight decay at the end of a taper."""
+
+    @model_validator(mode="after")
+    def _iterations_exist(self) -> Self:
+        most = MOST_STEPS.get(self.orthogonalization)
+        faults = []
+        if most is not None and self.muon_backend_steps > most:
+            faults.append(
+                f"optim.muon_backend_steps = {self.muon_backend_steps} is above {most}, the "
+                f'polynomials of optim.orthogonalization = "{self.orthogonalization}"; lower it'
+            )
+        return raise_together(self, faults)
+
+
+MOST_STEPS = {"polar_express": 5, "gram": 5, "turbo": 6}
+"""Iterations for which optim.orthogonalization has polynomials, where it is a table."""
 
 
 class ScheduleConfig(Settings):
@@ -112,6 +144,10 @@ class AverageConfig(Settings):
     """Snapshots that LAWA keeps, each as large as the model; 0 = all."""
     start: Fraction = 0.0
     """Share of the budget after which the average begins."""
+    shadow: Literal["float32", "bfloat16_embedding"] = "float32"
+    """What EMA keeps. "bfloat16_embedding": the token embedding's average in bf16, whose steps are
+    coarser than what it should move by, so that it lags: the published EMA of #1894, for replays
+    only."""
 
     @model_validator(mode="after")
     def _it_begins(self) -> Self:
@@ -120,5 +156,10 @@ class AverageConfig(Settings):
             faults.append(
                 f'average.kind = "{self.kind}" would never begin at average.start = 1; lower it, '
                 'or set average.kind = "none"'
+            )
+        if self.kind in ("swa", "lawa") and self.shadow != "float32":
+            faults.append(
+                f'average.shadow = "{self.shadow}" is a mistake of EMA alone; set average.shadow = '
+                '"float32", or average.kind = "ema"'
             )
         return raise_together(self, faults)

@@ -15,6 +15,7 @@ from trainer.config.data import DataConfig
 from trainer.config.evaluate import EvaluateConfig
 from trainer.config.model import ModelConfig
 from trainer.config.optim import AverageConfig, LossConfig, OptimConfig, ScheduleConfig
+from trainer.config.qat_lite import QatLiteConfig
 from trainer.config.quantize import CompressConfig, QuantizeConfig
 from trainer.config.run import BudgetConfig, RuntimeConfig
 from trainer.errors import ConfigError
@@ -34,6 +35,7 @@ class TrainConfig(Settings):
     runtime: RuntimeConfig = RuntimeConfig()
     loss: LossConfig = LossConfig()
     average: AverageConfig = AverageConfig()
+    qat_lite: QatLiteConfig = QatLiteConfig()
 
     @model_validator(mode="after")
     def _schedule_has_a_budget(self) -> Self:
@@ -56,6 +58,11 @@ class TrainConfig(Settings):
                 f"model.window = {self.model.window} is above {longest_row}, the longest row of "
                 "data.seq_len and evaluate.seq_len; lower it, or set 0 and model.window_layers = "
                 '""'
+            )
+        if self.qat_lite.kind != "none" and self.qat_lite.first_layer >= self.model.num_layers:
+            faults.append(
+                f"qat_lite.first_layer = {self.qat_lite.first_layer} leaves none of "
+                f"model.num_layers = {self.model.num_layers}; lower it"
             )
         faults.extend(self._calibration_faults())
         return raise_together(self, faults)

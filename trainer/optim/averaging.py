@@ -129,12 +129,41 @@ class Lawa(WeightAverage):
         return [torch.stack(column).mean(0) for column in zip(*sets, strict=True)]
 
 
+class PublishedEma(Ema):
+    """EMA whose shadow of the token embedding is bf16 (parameter-golf #1894), for replays.
+
+    Both steps round, e <- decay e and e <- e + (1 - decay) w: differences below about 2^-9 / (1 -
+    decay) of an element are lost. Everything else is averaged in fp32.
+    """
+
+    def __init__(self, config: AverageConfig, state: Mapping[str, Tensor]) -> None:
+        super().__init__(config, state)
+        self._place = list(self._live).index(EMBEDDING)
+        self._rounded = self._current()[self._place].bfloat16()
+
+    def _take(self, weights: list[Tensor]) -> None:
+        now = weights[self._place].bfloat16()
+        if not self.num_updates and self._config.start > 0:
+            self._rounded = now
+        else:
+            self._rounded.mul_(self._config.decay).add_(now, alpha=1 - self._config.decay)
+        super()._take(weights)
+
+    def _averages(self, weights: list[Tensor]) -> list[Tensor]:
+        averages = list(super()._averages(weights))
+        averages[self._place] = self._rounded.float()
+        return averages
+
+
+EMBEDDING = "tok_emb.weight"
 AVERAGES: dict[str, type[WeightAverage]] = {"ema": Ema, "swa": Swa, "lawa": Lawa}
 """By average.kind."""
 
 
 def build_average(config: AverageConfig, state: Mapping[str, Tensor]) -> WeightAverage | None:
     """The average of a run over a model's live state; None when switched off."""
+    if config.kind == "ema" and config.shadow == "bfloat16_embedding":
+        return PublishedEma(config, state)
     return None if config.kind == "none" else AVERAGES[config.kind](config, state)
 
 

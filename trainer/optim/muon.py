@@ -3,12 +3,12 @@
 Jordan et al., https://kellerjordan.github.io/posts/muon, as the challenge's baseline runs it. For
 each matrix W of R rows and C columns with gradient G:
 
-    M <- mu M + G;  U = orthogonalize(G + mu M);  W <- (1 - lr wd) W - lr sqrt(max(1, R / C)) U
+    M <- mu M + G;  U = rule(G + mu M);  W <- (1 - lr wd) W - lr sqrt(max(1, R / C)) U
 
-Matrices of one shape are stacked and go through each product together: the baseline's fifty-four
-matrices have four shapes. The orthogonalisation, which is the cost, is shared out over the ranks;
-momentum is kept whole on every rank (4 bytes per weight), so a state does not depend on their
-number.
+where the rule (trainer.optim.orthogonalization) makes its input roughly orthogonal. Matrices of one
+shape are stacked and go through each product together: the baseline's fifty-four matrices have four
+shapes. The orthogonalisation, which is the cost, is shared out over the ranks; momentum is kept
+whole on every rank (4 bytes per weight), so a state does not depend on their number.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.distributed import Group
-from trainer.optim.newton_schulz import orthogonalize
+from trainer.optim.orthogonalization import PLAIN, UpdateRule
 from trainer.optim.rules import ParamRule
 
 
@@ -47,13 +47,16 @@ class Muon:
         params: Sequence[tuple[str, nn.Parameter, ParamRule]],
         num_steps: int,
         group: Group,
+        update: UpdateRule = PLAIN,
     ) -> None:
         """
         Args:
             params: name, matrix and treatment, in any order.
             num_steps: Newton-Schulz iterations.
+            update: how momentum becomes an update.
         """
         self._num_steps = num_steps
+        self._update_rule = update
         self._group = group
         self._dtype = torch.bfloat16 if group.device.type == "cuda" else torch.float32
         self._stacks = _stack_by_shape(params, group)
@@ -88,7 +91,7 @@ class Muon:
         own = stack.own
         if own.start < own.stop:
             nesterov_NRC = gradient_NRC[own].add_(stack.momentum_NRC[own], alpha=momentum)
-            part_NRC[own] = orthogonalize(nesterov_NRC, self._num_steps, self._dtype)
+            part_NRC[own] = self._update_rule(nesterov_NRC, self._num_steps, self._dtype)
 
     def zero_grad(self) -> None:
         """Drop the matrices' gradients."""

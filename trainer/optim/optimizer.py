@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from trainer.config import OptimConfig, TrainConfig
 from trainer.distributed import Group
 from trainer.optim.muon import Muon
+from trainer.optim.orthogonalization import UpdateRule
 from trainer.optim.rules import ParamRule, assign, param_rules
 from trainer.optim.sharded_muon import ShardedMuon
 
@@ -109,6 +110,7 @@ def build_optimizer(model: nn.Module, config: TrainConfig, group: Group) -> Opti
         [(name, params[name], rule) for name, rule in rules.items() if rule.optimizer == "muon"],
         config.optim.muon_backend_steps,
         group,
+        UpdateRule.from_config(config.optim),
     )
     adam = _build_adam(params, rules, config.optim)
     return Optimizer(muon, adam, list(params.values()), group)

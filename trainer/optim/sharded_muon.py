@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from trainer.distributed import Group, Pending
 from trainer.optim.muon import apply_update, by_shape, gradient
-from trainer.optim.newton_schulz import orthogonalize
+from trainer.optim.orthogonalization import PLAIN, UpdateRule
 from trainer.optim.rules import ParamRule
 
 
@@ -54,8 +54,10 @@ class ShardedMuon:
         params: Sequence[tuple[str, nn.Parameter, ParamRule]],
         num_steps: int,
         group: Group,
+        update: UpdateRule = PLAIN,
     ) -> None:
         self._num_steps = num_steps
+        self._update_rule = update
         self._group = group
         self._dtype = torch.bfloat16 if group.device.type == "cuda" else torch.float32
         banks = []
@@ -99,7 +101,7 @@ class ShardedMuon:
         bank.pending = None
         bank.momentum_KRC.mul_(momentum).add_(gradient_KRC)
         nesterov_KRC = gradient_KRC.add_(bank.momentum_KRC, alpha=momentum)
-        return orthogonalize(nesterov_KRC, self._num_steps, self._dtype).contiguous()
+        return self._update_rule(nesterov_KRC, self._num_steps, self._dtype).contiguous()
 
     def zero_grad(self) -> None:
         """Drop the matrices' gradients."""
