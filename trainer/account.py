@@ -165,7 +165,8 @@ def flops_per_token(model: ModelConfig, seq_len: int) -> float:
     all blocks that recur do (the head included, lookups not): two operations per weight forward,
     twice that backward. Attention: N is the sum over visits of the keys that a query meets on
     average, (T + 1) / 2 where it sees everything; each costs 2 C operations for scores and 2 C for
-    values, three times for the whole step. Differential attention over whole values does it all twice. Pointwise work is left out.
+    values, three times for the whole step. Differential attention over whole values does it all
+    twice. Pointwise work is left out.
 
     Args:
         seq_len: T, tokens in a row.
