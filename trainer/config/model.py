@@ -127,7 +127,7 @@ class ModelConfig(Settings):
     """Recurring layers whose repeats each have an MLP of their own (#1204), as in
     trainer/layer_pattern.py; "" = none."""
     no_attention_layers: str = ""
-    """Layers that are only an MLP (#1204: 0), as in trainer/layer_pattern.py; "" = none."""
+    """Layers that are only an MLP (#1204: "first_1"), as in trainer/layer_pattern.py; "" = none."""
     parallel: Literal["off", "joint", "lanes"] = "off"
     """Attention and MLP side by side from block parallel_start on: "joint", both read one stream
     and both add to it (GPT-J); "lanes", each reads a stream of its own and adds to both (#1204)."""
