@@ -408,6 +408,22 @@ def test_what_is_not_in_use_yet_is_not_touched(muon_comm: str) -> None:
     assert moved[4] == set(start)
 
 
+@pytest.mark.parametrize("name", ["pr1894", "frontier"])
+def test_every_phase_is_one_graph_with_the_same_numbers(name: str) -> None:
+    torch._dynamo.reset()
+    model = build(config_of(name))
+    compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="eager")
+    for visits in (1, 3):
+        with model.visiting(visits):
+            expected, gradients = loss_and_gradients(model)
+            model.zero_grad()
+            loss = compiled(rows()[:, :-1], rows()[:, 1:])
+            loss.backward()
+        assert torch.equal(loss, expected)
+        for key, value in model.named_parameters():
+            torch.testing.assert_close(value.grad, gradients[key])
+
+
 @pytest.fixture
 def compiled(
     configure: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch

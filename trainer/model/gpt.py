@@ -37,7 +37,8 @@ MAX_SEQ_LEN = 8192
 
 class GPT(nn.Module):
     """Parameters are fp32; activations run in `compute_dtype`, which the builder sets, as it does
-    `objective`, what training minimises (None = the mean cross-entropy).
+    `objective`, what training minimises (None = the mean cross-entropy). `visits_now` is how often
+    recurring blocks are visited; change it through `visiting`.
 
     Initial weights come from torch's global generator of the device that is current: seed it
     before. Traces as one graph (`torch.compile(model, fullgraph=True, dynamic=False)`).
@@ -59,6 +60,7 @@ class GPT(nn.Module):
         self.config = config
         self.compute_dtype = torch.float32
         self.objective: Objective | None = None
+        self.visits_now = config.recur_visits
         self.tok_emb = nn.Embedding(config.vocab_size, config.model_dim)
         if config.tie_embeddings:
             nn.init.normal_(self.tok_emb.weight, std=config.tied_embed_init_std)
@@ -149,7 +151,6 @@ class GPT(nn.Module):
             self.backout = nn.Parameter(torch.full((1,), config.backout_init))
         if config.parallel == "lanes":
             self.lane_merge = LaneMerge(config.parallel_merge)
-        self.visits_now = config.recur_visits
         visits = range(1, config.recur_visits + 1)
         self._orders = {number: config.visit_order(number) for number in visits}
         self._first_in_lanes = (
