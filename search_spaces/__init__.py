@@ -2,6 +2,7 @@
 
 from search_spaces.learning_rates import LEARNING_RATES
 from search_spaces.optimizers import OPTIMIZERS
+from search_spaces.recurrence import RECURRENCE
 from search_spaces.sequence_mixes import SEQUENCE_MIXES
 from search_spaces.smoke import SMOKE
 from search_spaces.space import Space
@@ -10,7 +11,15 @@ from search_spaces.window_x_mix import WINDOW_X_MIX
 
 SPACES: dict[str, Space] = {
     space.name: space
-    for space in (SMOKE, LEARNING_RATES, WINDOW_LAYERS, SEQUENCE_MIXES, WINDOW_X_MIX, OPTIMIZERS)
+    for space in (
+        SMOKE,
+        LEARNING_RATES,
+        OPTIMIZERS,
+        WINDOW_LAYERS,
+        SEQUENCE_MIXES,
+        WINDOW_X_MIX,
+        RECURRENCE,
+    )
 }
 
 __all__ = ["SPACES", "Space"]

@@ -26,6 +26,11 @@ def parameter_table(model: ModelConfig) -> Table:
     table["tok_emb.weight"] = (model.vocab_size, width)
     for index in range(model.num_layers):
         table |= _under(f"blocks.{index}", _block(model, index))
+    for kind in ("weights", "gates") if model.gated_skips else ("weights",):
+        for index in range(model.num_recur_skips):
+            table[f"recur_skip_{kind}.{index}"] = (width,)
+    if model.parallel == "lanes" and model.parallel_merge == "learned":
+        table["lane_merge.share"] = (1,)
     if model.num_loops > 1:
         for index in range(model.num_loops * model.num_layers):
             table |= _under(f"visits.{index}", _visit(model))
@@ -37,12 +42,36 @@ def parameter_table(model: ModelConfig) -> Table:
 def _block(model: ModelConfig, index: int) -> Table:
     width = model.model_dim
     table: Table = {} if model.num_loops > 1 else _scales(model)
+    if not model.attends(index):
+        del table["attn_scale"]
+    if model.layer_scale:
+        table["layer_scale"] = (width,)
     if model.resid_lambda_init:
         table["resid_lambdas"] = (2,)
-    table |= _under("attn", _attention(model, index))
-    table["mlp.up.weight"] = (model.mlp_dim, width)
-    table["mlp.down.weight"] = (width, model.mlp_dim)
+    if model.attends(index):
+        table |= _under("attn", _attention(model, index))
+    mlp: Table = {
+        "mlp.up.weight": (model.mlp_dim, width),
+        "mlp.down.weight": (width, model.mlp_dim),
+    }
+    table |= mlp
+    has_factors = model.is_parallel(index) or model.parallel_factors == "all"
+    if model.parallel == "lanes" and has_factors:
+        table |= {"lanes.resid": (2,), "lanes.post": (2, 2)}
+    for repeat in range(model.recur_visits - 1) if model.recurs(index) else ():
+        table |= _under(f"repeats.{repeat}", _repeat(model, index, mlp))
     return table
+
+
+def _repeat(model: ModelConfig, index: int, mlp: Table) -> Table:
+    table: Table = {}
+    if model.recur_blend != "off":
+        table["blend_factors"] = (1 if model.recur_blend == "alpha" else 2,)
+    names = list(_matrices(model)) if model.attends(index) else ["up", "down"]
+    if model.unties_mlp(index):
+        table |= mlp
+        names = names[:-2]
+    return table | _lora(model, names, model.recur_lora_rank)
 
 
 def _scales(model: ModelConfig) -> Table:
@@ -63,15 +92,26 @@ def _attention(model: ModelConfig, index: int) -> Table:
         table["value_residual.factors"] = (2,)
     if model.embeds_values(index):
         table["value_embed.scale"] = (1,)
+    if model.attn_gate != "off":
+        is_narrow = model.attn_gate in ("window", "sparse")
+        num_in = model.attn_gate_dim if is_narrow else model.model_dim
+        table["gate.weight"] = (model.num_heads, num_in)
+    if model.attn_gate == "biased":
+        table["gate.bias"] = (model.num_heads,)
     return table
 
 
 def _visit(model: ModelConfig) -> Table:
     table = _scales(model) | {"q_gain": (model.num_heads,)}
-    if model.lora_rank:
-        for name, (num_in, num_out) in _matrices(model).items():
-            table[f"lora.{name}.a"] = (num_in, model.lora_rank)
-            table[f"lora.{name}.b"] = (model.lora_rank, num_out)
+    return table | _lora(model, list(_matrices(model)), model.lora_rank)
+
+
+def _lora(model: ModelConfig, names: list[str], rank: int) -> Table:
+    table: Table = {}
+    for name in names if rank else ():
+        num_in, num_out = _matrices(model)[name]
+        table[f"lora.{name}.a"] = (num_in, rank)
+        table[f"lora.{name}.b"] = (rank, num_out)
     return table
 
 
@@ -121,27 +161,40 @@ def count_parameters(model: ModelConfig) -> int:
 def flops_per_token(model: ModelConfig, seq_len: int) -> float:
     """Floating-point operations of one training token, forward and backward.
 
-    6 P + 12 C N, where P counts the weights of matrix products, each as often as it is used (the
-    head included, lookups not): two operations per weight forward, twice that backward. Attention:
-    N is the sum over layers of the keys that a query meets on average, (T + 1) / 2 where it sees
-    everything; each costs 2 C operations for scores and 2 C for values, three times for the whole
-    step. Differential attention over whole values does it all twice. Pointwise work is left out.
+    6 P + 12 C N, where P counts the weights of matrix products, each as often as it is used when
+    all blocks that recur do (the head included, lookups not): two operations per weight forward,
+    twice that backward. Attention: N is the sum over visits of the keys that a query meets on
+    average, (T + 1) / 2 where it sees everything; each costs 2 C operations for scores and 2 C for
+    values, three times for the whole step. Differential attention over whole values does it all
+    twice. Pointwise work is left out.
 
     Args:
         seq_len: T, tokens in a row.
     """
-    num_keys = sum(_mean_keys(model.window_of(layer), seq_len) for layer in range(model.num_layers))
+    num_keys = sum(
+        _visits(model, layer) * _mean_keys(model.window_of(layer), seq_len)
+        for layer in range(model.num_layers)
+        if model.attends(layer)
+    )
     maps = 2 if model.diff_attention == "full" else 1
-    attention = 12 * model.model_dim * num_keys * model.num_loops * maps
+    attention = 12 * model.model_dim * num_keys * maps
     return float(6 * _product_weights(model) + attention)
+
+
+def _visits(model: ModelConfig, layer: int) -> int:
+    return model.num_loops * (model.recur_visits if model.recurs(layer) else 1)
 
 
 def _product_weights(model: ModelConfig) -> int:
     weights = model.vocab_size * model.model_dim  # the head, tied or not
     for name, shape in parameter_table(model).items():
-        if name.startswith("blocks.") and name.endswith(".weight"):
-            weights += model.num_loops * math.prod(shape)
-        elif name.endswith("proj.weight") or ".lora." in name:
+        if ".lora." in name or (".repeats." in name and name.endswith(".weight")):
+            weights += math.prod(shape)
+        elif name.startswith("blocks.") and name.endswith(".weight"):
+            layer = int(name.split(".")[1])
+            is_untied = ".mlp." in name and model.unties_mlp(layer)
+            weights += math.prod(shape) * (1 if is_untied else _visits(model, layer))
+        elif name.endswith("proj.weight"):
             weights += math.prod(shape)
     return weights
 

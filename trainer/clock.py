@@ -66,6 +66,11 @@ class BudgetClock:
         self._spent = self.elapsed()
         self._since = None
 
+    @property
+    def is_running(self) -> bool:
+        """Started and not paused."""
+        return self._since is not None
+
     def elapsed(self) -> float:
         """Seconds on this rank so far."""
         return self._spent + (self.now() - self._since if self._since is not None else 0.0)

@@ -18,7 +18,9 @@ from torch import Tensor
 
 from trainer.calibrate import calibrate
 from trainer.clock import BudgetClock, Gate
+from trainer.compilations import on_compilation
 from trainer.config import TrainConfig
+from trainer.config.recurrence import visits_at
 from trainer.distributed import Group, join_group
 from trainer.evaluate.bits_per_byte import EvalResult
 from trainer.evaluate.bits_per_byte import prime as prime_evaluation
@@ -49,7 +51,8 @@ def train(config: TrainConfig, reporter: Reporter, out: Path | None = None) -> T
         finish = Finish(run.work)
         try:
             run.prime()
-            reason = run.train_to_budget()
+            with on_compilation(run.note_compilation):
+                reason = run.train_to_budget()
             if reason is None:
                 run.apply_average()
                 finish.calibrate()
@@ -89,6 +92,10 @@ class Run:
     kept: KeptStep | None = None
     unaveraged: float | None = None
     """Progress of the last step, until its weights are taken into the average."""
+    primed_seconds: dict[int, float] = field(default_factory=dict)
+    """Seconds of a primed step, by the visits of recurring blocks, until that phase begins."""
+    compilations: int = 0
+    """Inside the clock, on this rank."""
 
     @classmethod
     def build(cls, config: TrainConfig, reporter: Reporter, group: Group) -> Run:
@@ -117,11 +124,15 @@ class Run:
             optimizer_state = self.optimizer.state_dict()
             position = self.work.loader.state_dict()
             pacer = StepPacer(self.work.group.device)
-            for step in range(self.config.runtime.prime_steps):
-                started = self.clock.now()
-                pacer.launched(self._step(step, 0.0))
-                pacer.drain()
-            self.clock.expect_step(self.clock.now() - started)
+            for start, visits in self.config.recur_phases:
+                for step in range(self.config.runtime.prime_steps):
+                    started = self.clock.now()
+                    pacer.launched(self._step(step, start))
+                    pacer.drain()
+                self.primed_seconds[visits] = self.clock.now() - started
+            self._expect_visits(0.0)
+            if self.config.runtime.prime_steps == 1:
+                self.primed_seconds.clear()  # they are those of compilation
             if self.config.quantize.method == "gptq":
                 calibrate(
                     self.config, self.work.model, self.work.loader, self.work.group, prime=True
@@ -133,13 +144,18 @@ class Run:
                 self.work.forward, self.work.dataset, self.config.evaluate, self.work.group
             )
 
+    def note_compilation(self) -> None:
+        """Something is being compiled: a fault of priming when the clock runs."""
+        self.compilations += self.clock.is_running
+
     def _step(self, step: int, progress: float) -> Tensor:
         """One optimiser step; returns the mean training loss over all workers, on the device."""
         if self.work.model.objective is not None:
             self.work.model.objective.set_progress(progress)
         micro_batches = self.work.loader.next_step()
+        visits = visits_at(self.config.recur_phases, progress)
         total = torch.zeros((), device=self.work.group.device)
-        with self.aware.weights(progress):
+        with self.aware.weights(progress), self.work.model.visiting(visits):
             divisors = self.work.loader.divisors
             for (tokens, targets), divisor in zip(micro_batches, divisors, strict=True):
                 loss = self.work.forward(tokens, targets, reduction="objective") / divisor
@@ -177,6 +193,7 @@ class Run:
                 self.kept = self._keep(gate.elapsed_s)
             self._take_average()
             self.unaveraged = self._progress(step, gate)
+            self._expect_visits(self.unaveraged)
             pacer.launched(self._step(step, self.unaveraged))
             self.steps += 1
             if config.runtime.val_every and self.steps % config.runtime.val_every == 0:
@@ -189,6 +206,13 @@ class Run:
         if self.work.group.max_float(float(reason is not None)) > 0:
             return reason or "stopped with rank 0"
         return None
+
+    def _expect_visits(self, progress: float) -> None:
+        """Tell the clock what a step of a new phase of recurrence takes, from when it was primed;
+        the last steps do not know it."""
+        visits = visits_at(self.config.recur_phases, progress)
+        if visits in self.primed_seconds:
+            self.clock.expect_step(self.primed_seconds.pop(visits))
 
     def _take_average(self) -> None:
         """Take the last step's weights into the average, as soon as it is known that they count."""
@@ -295,6 +319,11 @@ class Run:
         names += ["evaluate_stages", "evaluate"]
         timer = self.work.timer
         seconds = self.work.group.max_floats(*(timer.seconds.get(name, 0.0) for name in names))
+        compilations = int(self.work.group.max_float(float(self.compilations)))
+        if compilations and self.config.runtime.prime_steps:
+            self.work.log(
+                f"{compilations} graphs were compiled inside the clock, in spite of priming"
+            )
         phases = {name: value for name, value in zip(names, seconds, strict=True) if value > 0}
         return TrainResult(
             status="finished" if stop_reason is None else "stopped",
@@ -316,5 +345,6 @@ class Run:
             bytes_model=size.bytes_model if size else None,
             artifact_sha256=size.sha256 if size else None,
             illegal=illegal_in_use(self.config),
+            compilations=compilations,
             peak_memory_bytes=self.work.peak_memory(),
         )

@@ -144,6 +144,9 @@ class TrainResult(BaseModel):
     bytes_code: int | None = None
     bytes_model: int | None = None
     artifact_sha256: str | None = None
+    compilations: int = 0
+    """Graphs that were compiled inside the training clock, on the worst rank. Priming is there to
+    make it 0."""
     peak_memory_bytes: int = 0
     """Device memory on cuda, resident set on cpu; maximum over ranks."""
     illegal: dict[str, list[str]] = {}

@@ -60,11 +60,7 @@ class Workspace:
                 torch.cuda.reset_peak_memory_stats()
             model = build_model(config, group, lambda line: reporter.emit("log", line=line))
             loader = TrainLoader.from_config(dataset, config, group)
-        forward = (
-            torch.compile(model, dynamic=False, fullgraph=True)
-            if _compiles(config, device)
-            else model
-        )
+        forward = _compiled(model) if _compiles(config, device) else model
         reporter.emit(
             "start",
             num_params=count(model),
@@ -115,6 +111,13 @@ def count(model: GPT) -> int:
 def device_name(device: torch.device) -> str:
     """What the device calls itself."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def _compiled(model: GPT) -> Callable[..., Tensor]:
+    # One graph per row length, purpose and phase of recurrence: more than the library's limit of 8,
+    # at which it would raise.
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    return torch.compile(model, dynamic=False, fullgraph=True)
 
 
 def _compiles(config: TrainConfig, device: torch.device) -> bool:

@@ -86,23 +86,106 @@ def _embed(config: ModelConfig, w: Weights, tokens: list[int]) -> Tensor:
     return torch.stack(x)
 
 
+def _places(config: ModelConfig) -> list[int]:
+    """Blocks in the order in which they are visited, written out as the loop that it is."""
+    if config.recur_visits == 1:
+        return list(range(config.num_layers))
+    order, layer, left = [], 0, config.recur_visits - 1
+    while layer < config.num_layers:
+        order.append(layer)
+        if layer == config.recur_last and left:
+            left, layer = left - 1, config.recur_first
+        else:
+            layer += 1
+    return order
+
+
 def _unet(config: ModelConfig, w: Weights, x: Tensor, row: Row) -> Tensor:
-    half = config.num_layers // 2
+    places = _places(config)
+    half = len(places) // 2
+    num_skips = half if config.recur_skips == "all" else config.num_layers // 2
+    weights, gates = _rows(w, "skip_weights"), _rows(w, "skip_gates")
     outputs: list[Tensor] = []
-    for layer in range(config.num_layers):
-        step = layer - half
-        if 0 <= step < half:
-            skip = w["skip_weights"][step] * outputs[half - 1 - step]
+    lanes: list[Tensor] = []
+    for place, layer in enumerate(places):
+        step = place - half
+        if 0 <= step < min(num_skips, half):
+            skip = weights[step] * outputs[half - 1 - step]
             if config.gated_skips:
-                g = _sigmoid(w["skip_gates"][step])
+                g = _sigmoid(gates[step])
                 x = g * x + (1 - g) * skip
             else:
                 x = x + skip
-        x = _block(config, w, layer, f"blocks.{layer}.", x, row)
+        if config.parallel == "lanes" and layer >= config.parallel_start:
+            lanes = _lanes(config, w, layer, x, lanes[1] if lanes else x, row)
+            x = lanes[0]
+        else:
+            x = _visit(config, w, layer, places[:place], outputs, x, row)
         outputs.append(x)
+    if lanes:
+        share = {"mean": 0.5, "attention": 1.0, "mlp": 0.0}.get(config.parallel_merge)
+        share = w["lane_merge.share"] if share is None else share
+        x = share * lanes[0] + (1 - share) * lanes[1]
     if config.backout_layer >= 0:
-        x = x - w["backout"] * outputs[config.backout_layer]
+        last_visit = max(i for i, layer in enumerate(places) if layer == config.backout_layer)
+        x = x - w["backout"] * outputs[last_visit]
     return x
+
+
+def _rows(w: Weights, name: str) -> list[Tensor]:
+    """Those of the plain order, then those that only recurrence has."""
+    more = [value for key, value in w.items() if key.startswith(f"recur_{name}.")]
+    return [*w.get(name, ()), *more]
+
+
+def _visit(
+    config: ModelConfig,
+    w: Weights,
+    layer: int,
+    earlier: list[int],
+    outputs: list[Tensor],
+    x: Tensor,
+    row: Row,
+) -> Tensor:
+    """A first visit is the block itself; a repeat has matrices, an MLP and a blend of its own."""
+    b, repeat = f"blocks.{layer}.", earlier.count(layer) - 1
+    if repeat < 0:
+        return _block(config, w, layer, b, x, row)
+    r = f"{b}repeats.{repeat}."
+    merged = dict(w)
+    for name, value in w.items():
+        part = name.removeprefix(b).removesuffix(".weight").split(".")[-1]
+        if name.startswith(b) and "repeats" not in name and f"{r}lora.{part}.a" in w:
+            merged[name] = value + (w[f"{r}lora.{part}.a"] @ w[f"{r}lora.{part}.b"]).T
+        if f"{r}{name.removeprefix(b)}" in w:
+            merged[name] = w[f"{r}{name.removeprefix(b)}"]
+    y = _block(config, merged, layer, b, x, row)
+    if config.recur_blend == "alpha":
+        return x + w[f"{r}blend_factors"] * (y - x)
+    if config.recur_blend == "ab":
+        before = max(place for place, other in enumerate(earlier) if other == layer)
+        factor_a, factor_b = w[f"{r}blend_factors"]
+        return factor_a * y + factor_b * outputs[before]
+    return y
+
+
+def _lanes(
+    config: ModelConfig, w: Weights, layer: int, lane0: Tensor, lane1: Tensor, row: Row
+) -> list[Tensor]:
+    b = f"blocks.{layer}."
+    scale = 1 / math.sqrt(layer + 1) if config.ln_scale else 1.0
+    read = w[b + "resid_mix"][0] * lane0 + w[b + "resid_mix"][1] * row.x0
+    attended = w[b + "attn_scale"] * _attention(
+        config, w, layer, b + "attn.", _rms(read) * scale, row
+    )
+    mixed = w[b + "mlp_scale"] * _mlp(config, w, b, _rms(lane1) * scale)
+    if config.layer_scale:
+        attended, mixed = w[b + "layer_scale"] * attended, w[b + "layer_scale"] * mixed
+    keep, post = w[b + "lanes.resid"], w[b + "lanes.post"]
+    return [
+        keep[lane] * stream + post[0][lane] * attended + post[1][lane] * mixed
+        for lane, stream in enumerate((lane0, lane1))
+    ]
 
 
 def _loops(config: ModelConfig, w: Weights, x: Tensor, row: Row) -> Tensor:
@@ -124,12 +207,23 @@ def _loops(config: ModelConfig, w: Weights, x: Tensor, row: Row) -> Tensor:
 def _block(config: ModelConfig, w: Weights, layer: int, b: str, x: Tensor, row: Row) -> Tensor:
     keep_attn, keep_mlp = w.get(b + "resid_lambdas", torch.ones(2, dtype=x.dtype))
     scale = 1 / math.sqrt(layer + 1) if config.ln_scale else 1.0
+    both = w.get(b + "layer_scale", torch.ones((), dtype=x.dtype))
     x = w[b + "resid_mix"][0] * x + w[b + "resid_mix"][1] * row.x0
-    attended = _attention(config, w, layer, b + "attn.", _rms(x) * scale, row)
-    x = keep_attn * x + w[b + "attn_scale"] * attended
-    hidden = _rms(x) * scale @ w[b + "mlp.up.weight"].T
+    start = x
+    if b + "attn_scale" in w:
+        attended = _attention(config, w, layer, b + "attn.", _rms(x) * scale, row)
+        x = keep_attn * x + both * w[b + "attn_scale"] * attended
+    else:
+        x = keep_attn * x
+    is_joint = config.parallel == "joint" and layer >= config.parallel_start
+    read = start if is_joint else x
+    return keep_mlp * x + both * w[b + "mlp_scale"] * _mlp(config, w, b, _rms(read) * scale)
+
+
+def _mlp(config: ModelConfig, w: Weights, b: str, h: Tensor) -> Tensor:
+    hidden = h @ w[b + "mlp.up.weight"].T
     hidden = torch.where(hidden > 0, hidden, config.leaky_slope * hidden) ** 2
-    return keep_mlp * x + w[b + "mlp_scale"] * (hidden @ w[b + "mlp.down.weight"].T)
+    return hidden @ w[b + "mlp.down.weight"].T
 
 
 def _attention(config: ModelConfig, w: Weights, layer: int, a: str, h: Tensor, row: Row) -> Tensor:
@@ -140,7 +234,7 @@ def _attention(config: ModelConfig, w: Weights, layer: int, a: str, h: Tensor, r
         return [values[:, i * width : (i + 1) * width] for i in range(number)]
 
     q, k = heads("q", config.num_heads), heads("k", config.num_kv_heads)
-    v = _values(config, w, a, heads("v", config.num_kv_heads), row)
+    v = _values(config, w, a, heads("v", config.num_kv_heads), row, is_first=layer == 0)
     attend = _maps if config.diff_attention == "off" else _differences
     out = attend(config, w, layer, a, q, k, v)
     if layer >= config.num_layers - config.xsa_last_n:
@@ -149,12 +243,32 @@ def _attention(config: ModelConfig, w: Weights, layer: int, a: str, h: Tensor, r
             own = v[head // per_group]
             along = (y * own).sum(-1, keepdim=True) / (own * own).sum(-1, keepdim=True)
             out[head] = y - along * own
+    if config.attn_gate != "off":
+        out = _gated(config, w, a, h, out)
     return torch.cat(out, -1) @ w[a + "out.weight"].T
 
 
-def _values(config: ModelConfig, w: Weights, a: str, v: list[Tensor], row: Row) -> list[Tensor]:
-    if not row.first_value:
-        row.first_value = v
+def _gated(config: ModelConfig, w: Weights, a: str, h: Tensor, out: list[Tensor]) -> list[Tensor]:
+    gate, gated = w[a + "gate.weight"], []
+    for head, y in enumerate(out):
+        score = sum(gate[head, i] * h[:, i] for i in range(gate.size(1)))
+        if config.attn_gate == "window":
+            g = 2 * _sigmoid(score)
+        elif config.attn_gate == "sparse":
+            g = _sigmoid(config.attn_gate_scale * score)
+        elif config.attn_gate == "biased":
+            g = _sigmoid(score + w[a + "gate.bias"][head])
+        else:
+            g = _sigmoid(score)
+        gated.append(g[:, None] * y)
+    return gated
+
+
+def _values(
+    config: ModelConfig, w: Weights, a: str, v: list[Tensor], row: Row, is_first: bool
+) -> list[Tensor]:
+    if is_first:  # a repeat visit of layer 0 mixes nothing in either
+        row.first_value = row.first_value or v
     elif config.value_residual == "half":
         v = [
             0.5 * own + 0.5 * first.detach() for own, first in zip(v, row.first_value, strict=True)

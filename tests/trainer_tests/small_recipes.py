@@ -7,6 +7,26 @@ COMMON: dict[str, Any] = {
     "schedule.progress": "steps",
     "budget.train_seconds": None,
 }
+RECURRENT: dict[str, Any] = {
+    **COMMON,
+    "model.num_layers": 5,
+    "model.model_dim": 32,
+    "model.num_heads": 4,
+    "model.num_kv_heads": 2,
+    "model.mlp_mult": 2.0,
+    "model.rope_dims": 4,
+    "model.recur_first": 1,
+    "model.recur_last": 2,
+    "model.parallel_start": 3,
+    "data.seq_len": 32,
+    "data.batch_tokens": 512,
+    "data.micro_batch_tokens": 256,
+    "evaluate.seq_len": 32,
+    "evaluate.stride": 8,
+    "budget.max_steps": 24,
+    "quantize.calibration_tokens": 1024,
+    "quantize.keep_float_max_numel": 512,
+}
 SMALL: dict[str, dict[str, Any]] = {
     "pr675": {
         **COMMON,
@@ -49,4 +69,6 @@ SMALL: dict[str, dict[str, Any]] = {
         "quantize.calibration_tokens": 1024,
         "quantize.keep_float_max_numel": 512,
     },
+    "pr1894": RECURRENT,
+    "frontier": {**RECURRENT, "model.xsa_last_n": 5, "average.decay": 0.8},
 }

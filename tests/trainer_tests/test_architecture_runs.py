@@ -23,7 +23,10 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_folder(tmp_path_factory.mktemp("runs") / "data", tokens[:10_000], tokens[10_000:])
 
 
-@pytest.mark.parametrize("name", ["pr1212", "everything_else", "loops_with_the_rest"])
+@pytest.mark.parametrize(
+    "name",
+    ["pr1212", "pr1894", "frontier", "recur_untied", "everything_else", "loops_with_the_rest"],
+)
 def test_many_switches_at_once_train_pack_and_score(data_dir: Path, name: str) -> None:
     switches = {f"model.{key}": value for key, value in SWITCHES[name].items()}
     config = (

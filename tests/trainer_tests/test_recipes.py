@@ -27,7 +27,13 @@ PR1212 = RECIPES["pr1212"].build()
 
 @pytest.mark.parametrize(
     ("name", "parameters"),
-    [("golf_baseline", 17_059_912), ("pr675", 18_897_488), ("pr1212", 29_751_910)],
+    [
+        ("golf_baseline", 17_059_912),
+        ("pr675", 18_897_488),
+        ("pr1212", 29_751_910),
+        ("pr1894", 35_947_108),
+        ("frontier", 35_945_671),
+    ],
 )
 def test_parameter_counts_are_the_published_ones(name: str, parameters: int) -> None:
     assert count_parameters(RECIPES[name].build().model) == parameters
@@ -93,9 +99,52 @@ PUBLISHED_1212: dict[str, Any] = {
     "evaluate.stride": 128,
 }
 
+PUBLISHED_1894: dict[str, Any] = {
+    "model.vocab_size": 8192,
+    "model.num_layers": 11,
+    "model.mlp_mult": 4.0,
+    "model.qk_gain_init": 5.25,
+    "model.rope_dims": 16,
+    "model.rope_ntk_len": 0,
+    "model.xsa_last_n": 0,
+    "model.gated_skips": True,
+    "model.ln_scale": True,
+    "model.recur_visits": 3,
+    "model.recur_first": 3,
+    "model.recur_last": 5,
+    "model.recur_skips": "plain",
+    "model.recur_blend": "ab",
+    "model.recur_a_init": 1.0,
+    "model.recur_b_init": 0.0,
+    "model.parallel": "joint",
+    "model.parallel_start": 7,
+    "optim.matrix_lr": 0.022,
+    "optim.scalar_lr": 0.02,
+    "optim.tied_embed_lr": 0.03,
+    "optim.muon_momentum": 0.99,
+    "optim.muon_momentum_warmup_start": 0.92,
+    "optim.weight_decay": 0.095,
+    "optim.scalar_weight_decay": 0.02,
+    "optim.embed_weight_decay": 0.085,
+    "optim.adam_beta2": 0.95,
+    "optim.grad_clip_norm": 0.3,
+    "schedule.warmdown_frac": 0.72,
+    "schedule.recur_start": 0.42,
+    "data.seq_len": 2048,
+    "data.batch_tokens": 786_432,
+    "average.kind": "none",
+    "quantize.method": "gptq",
+    "quantize.embed_bits": 8,
+    "compress.codec": "brotli",
+    "compress.byte_shuffle": True,
+    "evaluate.seq_len": 2048,
+    "evaluate.stride": 64,
+}
+
 
 @pytest.mark.parametrize(
-    ("name", "published"), [("pr675", PUBLISHED_675), ("pr1212", PUBLISHED_1212)]
+    ("name", "published"),
+    [("pr675", PUBLISHED_675), ("pr1212", PUBLISHED_1212), ("pr1894", PUBLISHED_1894)],
 )
 def test_settings_are_the_published_ones(name: str, published: dict[str, Any]) -> None:
     flat = RECIPES[name].build().flat()
@@ -122,6 +171,20 @@ def test_pr675_averages_below_half_of_the_rate_while_decay_grows() -> None:
     assert round(snapshots) == 12, "and the final weights"
     decay = [PR675.optim.weight_decay + extra_weight_decay(PR675.optim, m) for m in (1, 0.5, 0)]
     assert decay == pytest.approx([0.02, 0.05, 0.08])
+
+
+def test_frontier_is_that_of_the_record() -> None:
+    config = RECIPES["frontier"].build()
+    model = config.model
+    assert (model.num_skips, model.num_recur_skips, len(model.visit_order(3))) == (5, 3, 17)
+    assert (model.parallel, model.parallel_start, model.parallel_merge) == ("lanes", 8, "mean")
+    assert (model.attn_gate, model.attn_gate_scale, model.smear) == ("sparse", 0.5, "token")
+    assert model.mask_documents and model.xsa_last_n == 11
+    assert (config.schedule.warmdown_frac, config.schedule.min_lr) == (0.85, 0.1)
+    assert (config.schedule.recur_start, config.average.decay) == (0.35, 0.9965)
+    assert muon_momentum(config.optim, 9, 1500 / 4931) == pytest.approx(0.97)
+    used = config.with_overrides({"model.parallel_factors": "used"})
+    assert count_parameters(model) - count_parameters(used.model) == 8 * 6
 
 
 def test_windows_and_lanes_of_pr1212() -> None:
@@ -189,11 +252,12 @@ def test_small_copy_trains_quantises_packs_and_scores(
     result = train(config, NullReporter(), tmp_path)
     assert (result.status, result.steps, result.illegal) == ("finished", 24, {})
     assert result.num_params == count_parameters(config.model)
-    assert set(result.stages) == {"trained", "averaged", config.evaluate.method}
+    averaged = {"averaged"} if config.average.kind != "none" else set()
+    assert set(result.stages) == {"trained", config.evaluate.method} | averaged
     assert result.val_bpb == result.stages[config.evaluate.method]
     assert ("calibrate" in result.phases) == (config.quantize.method == "gptq")
     guessing = math.log(VOCAB_SIZE)
     assert result.val_loss is not None and result.val_loss < guessing
     _, quantized = artifact.decode((tmp_path / "artifact.bin").read_bytes())
     schemes = {tensor.scheme for tensor in quantized.tensors.values()}
-    assert {"pr675": {"int8"}, "pr1212": {"int6", "int8"}}[name] <= schemes
+    assert {"pr675": {"int8"}}.get(name, {"int6", "int8"}) <= schemes

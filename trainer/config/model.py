@@ -7,6 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from trainer.config.base import PositiveFloat, PositiveInt, Settings, raise_together
+from trainer.config.recurrence import Place, count_skips, visit_order
 from trainer.layer_pattern import select_layers
 
 
@@ -101,6 +102,60 @@ class ModelConfig(Settings):
     lora_init_std: Annotated[float, Field(ge=0)] = 0.0
     """Initial second factor of an adapter: normal, times this, over sqrt(rank); 0 = zeros, so that
     all visits begin alike."""
+    recur_visits: PositiveInt = 1
+    """Times that blocks recur_first..recur_last are visited in a row, in all, with everything
+    shared; 1 = off. schedule.recur_start puts it off in training; everything else always recurs."""
+    recur_first: Annotated[int, Field(ge=0)] = 3
+    """First block that recurs, from 0."""
+    recur_last: Annotated[int, Field(ge=0)] = 5
+    """Last block that recurs."""
+    recur_skips: Literal["all", "plain"] = "all"
+    """Skips with recurrence: one for every output of the longer first half, or as many as without
+    recurrence, so that the rest is dropped (#1894)."""
+    recur_blend: Literal["off", "alpha", "ab"] = "off"
+    """What a repeat visit makes of its input x, its output y and the output z of the visit of the
+    same block before: "alpha", x + alpha (y - x); "ab", a y + b z; learned for each repeat."""
+    recur_alpha_init: float = 1.0
+    """Initial alpha; 1 = the plain repeat."""
+    recur_a_init: float = 1.0
+    """Initial a."""
+    recur_b_init: float = 0.0
+    """Initial b; a = 1 and b = 0 are the plain repeat."""
+    recur_lora_rank: Annotated[int, Field(ge=0)] = 0
+    """Rank of the adapters that each repeat visit adds to the matrices of its block; 0 = none."""
+    recur_untied_mlp: str = ""
+    """Recurring layers whose repeats each have an MLP of their own (#1204), as in
+    trainer/layer_pattern.py; "" = none."""
+    no_attention_layers: str = ""
+    """Layers that are only an MLP (#1204: "first_1"), as in trainer/layer_pattern.py; "" = none."""
+    parallel: Literal["off", "joint", "lanes"] = "off"
+    """Attention and MLP side by side from block parallel_start on: "joint", both read one stream
+    and both add to it (GPT-J); "lanes", each reads a stream of its own and adds to both (#1204)."""
+    parallel_start: Annotated[int, Field(ge=0)] = 7
+    """First block of parallel, from 0."""
+    parallel_merge: Literal["mean", "attention", "mlp", "learned"] = "mean"
+    """The stream that leaves the lanes: their mean, one of them, or a learned mixture that begins
+    as the mean."""
+    parallel_resid_init: float = 1.1
+    """Initial factor on a lane in each block."""
+    parallel_factors: Literal["used", "all"] = "used"
+    """"all": the blocks before the lanes have their factors, too, which nothing reads and nothing
+    trains. Only for the published number of parameters (#1855: 48 more)."""
+    layer_scale: bool = False
+    """A third learned scale per channel, on what attention and MLP add alike (#1894);
+    layer_scale_init is then its start, and the other two start at 1."""
+    attn_gate: Literal["off", "window", "dense", "sparse", "biased"] = "off"
+    """A gate on each head's output, read from the block's normalised input n: "window",
+    2 sigmoid(w n[:W]) (#1667); "dense", sigmoid(w n) (#1736); "sparse", sigmoid(s w n[:W])
+    (#1787); "biased", sigmoid(w n + b) (#1212, #1894)."""
+    attn_gate_dim: PositiveInt = 12
+    """W, the leading channels that "window" and "sparse" read."""
+    attn_gate_scale: PositiveFloat = 0.5
+    """s of "sparse"."""
+    attn_gate_init_std: Annotated[float, Field(ge=0)] = 0.005
+    """Standard deviation of the initial w of "dense"; the others begin at 0."""
+    attn_gate_bias_init: float = 4.0
+    """Initial b of "biased": 4 in #1212, 1 in #1894."""
 
     @model_validator(mode="after")
     def _shapes_divide(self) -> Self:
@@ -121,6 +176,7 @@ class ModelConfig(Settings):
                 f"{self.num_heads}; choose a divisor"
             )
         faults += self._faults_of_layers() + self._faults_of_techniques() + self._faults_of_loops()
+        faults += self._faults_of_recurrence() + self._faults_of_parallel()
         return raise_together(self, faults)
 
     def _faults_of_layers(self) -> list[str]:
@@ -139,6 +195,11 @@ class ModelConfig(Settings):
                 select_layers(pattern, self.num_layers)
             except ValueError as error:
                 faults.append(f"model.{owner}_layers = {pattern!r}: {error}")
+        for name in ("recur_untied_mlp", "no_attention_layers"):
+            try:
+                select_layers(getattr(self, name), self.num_layers)
+            except ValueError as error:
+                faults.append(f"model.{name} = {getattr(self, name)!r}: {error}")
         if self.backout_layer > max(-1, self.num_layers - 2):
             faults.append(
                 f"model.backout_layer = {self.backout_layer} is no layer before the last, whose "
@@ -193,6 +254,11 @@ class ModelConfig(Settings):
             "resid_lambda_init": (self.resid_lambda_init, 0.0),
             "value_residual": (self.value_residual, "off"),
             "diff_attention": (self.diff_attention, "off"),
+            "recur_visits": (self.recur_visits, 1),
+            "parallel": (self.parallel, "off"),
+            "layer_scale": (self.layer_scale, False),
+            "attn_gate": (self.attn_gate, "off"),
+            "no_attention_layers": (self.no_attention_layers, ""),
         }
         return [
             f"model.{name} = {value!r} is not defined for blocks that are visited "
@@ -201,6 +267,93 @@ class ModelConfig(Settings):
             for name, (value, off) in switches.items()
             if value != off
         ]
+
+    def _faults_of_recurrence(self) -> list[str]:
+        if self.recur_visits == 1:
+            switches = {
+                "recur_blend": (self.recur_blend, "off"),
+                "recur_lora_rank": (self.recur_lora_rank, 0),
+                "recur_untied_mlp": (self.recur_untied_mlp, ""),
+            }
+            return [
+                f"model.{name} = {value!r} is about repeat visits, but model.recur_visits = 1; "
+                f"raise it or set model.{name} = {off!r}"
+                for name, (value, off) in switches.items()
+                if value != off
+            ]
+        if not self.recur_first <= self.recur_last < self.num_layers:
+            return [
+                f"model.recur_first = {self.recur_first} and model.recur_last = {self.recur_last} "
+                f"are no range of blocks from 0 to {self.num_layers - 1}; change them, or set "
+                "model.recur_visits = 1"
+            ]
+        strange = {layer for layer in self._layers("recur_untied_mlp") if not self.recurs(layer)}
+        return [
+            f"model.recur_untied_mlp = {self.recur_untied_mlp!r} names layer {layer}, which does "
+            f"not recur; choose from {self.recur_first} to {self.recur_last}"
+            for layer in sorted(strange)
+        ]
+
+    def _faults_of_parallel(self) -> list[str]:
+        faults = []
+        if self.parallel != "off" and self.parallel_start >= self.num_layers:
+            faults.append(
+                f"model.parallel_start = {self.parallel_start} is no block from 0 to "
+                f'{self.num_layers - 1}; lower it, or set model.parallel = "off"'
+            )
+        if self.parallel != "off" and self.resid_lambda_init:
+            faults.append(
+                f"model.resid_lambda_init = {self.resid_lambda_init:g} is not defined for "
+                f'model.parallel = "{self.parallel}"; set one of them off'
+            )
+        if self.parallel == "lanes" and self.backout_layer >= self.parallel_start:
+            faults.append(
+                f"model.backout_layer = {self.backout_layer} has two lanes, which begin at "
+                f"model.parallel_start = {self.parallel_start}; choose an earlier block"
+            )
+        recurs_to = self.recur_last if self.recur_visits > 1 else -1
+        if self.parallel == "lanes" and recurs_to >= self.parallel_start:
+            faults.append(
+                f"model.recur_last = {self.recur_last} would recur in two lanes, which begin at "
+                f"model.parallel_start = {self.parallel_start}; lower it, or set model.parallel = "
+                '"joint"'
+            )
+        if self.attn_gate in ("window", "sparse") and self.attn_gate_dim > self.model_dim:
+            faults.append(
+                f"model.attn_gate_dim = {self.attn_gate_dim} is above model.model_dim = "
+                f"{self.model_dim}; lower it"
+            )
+        return faults + self._faults_of_missing_attention()
+
+    def _faults_of_missing_attention(self) -> list[str]:
+        missing = self._layers("no_attention_layers")
+        faults = []
+        if 0 in missing and self.value_residual != "off":
+            faults.append(
+                f'model.value_residual = "{self.value_residual}" mixes in the values of layer 0, '
+                f"which model.no_attention_layers = {self.no_attention_layers!r} takes away; set "
+                'model.value_residual = "off"'
+            )
+        if self.parallel == "lanes" and any(self.is_parallel(layer) for layer in missing):
+            faults.append(
+                f"model.no_attention_layers = {self.no_attention_layers!r} has a layer in two "
+                f"lanes, which begin at model.parallel_start = {self.parallel_start} and of which "
+                "one is attention's; name earlier layers"
+            )
+        if any(layer in missing for layer in self._layers("value_embed_layers")):
+            faults.append(
+                f"model.value_embed_layers = {self.value_embed_layers!r} and "
+                f"model.no_attention_layers = {self.no_attention_layers!r} share a layer, which "
+                "has no values; name it in one of them"
+            )
+        return faults
+
+    def _layers(self, name: str) -> tuple[int, ...]:
+        """Layers of a setting; none where the setting is at fault."""
+        try:
+            return select_layers(getattr(self, name), self.num_layers)
+        except ValueError:
+            return ()
 
     @property
     def head_dim(self) -> int:
@@ -224,8 +377,36 @@ class ModelConfig(Settings):
 
     @property
     def num_skips(self) -> int:
-        """Skips from the first half of the blocks to the second."""
+        """Skips from the first half of the blocks to the second, without recurrence."""
         return self.num_layers // 2 if self.num_loops == 1 else 0
+
+    @property
+    def num_recur_skips(self) -> int:
+        """Skips that only recurrence has."""
+        if self.recur_skips == "plain" or self.num_loops > 1:
+            return 0
+        range_and_visits = (self.recur_first, self.recur_last, self.recur_visits)
+        return count_skips(self.num_layers, *range_and_visits) - self.num_skips
+
+    def visit_order(self, visits: int) -> tuple[Place, ...]:
+        """The blocks on the way through the model when those that recur are visited so often."""
+        return visit_order(self.num_layers, self.recur_first, self.recur_last, visits)
+
+    def recurs(self, layer: int) -> bool:
+        """Whether a block has repeat visits."""
+        return self.recur_visits > 1 and self.recur_first <= layer <= self.recur_last
+
+    def unties_mlp(self, layer: int) -> bool:
+        """Whether the repeats of a block have MLPs of their own."""
+        return self.recurs(layer) and layer in self._layers("recur_untied_mlp")
+
+    def attends(self, layer: int) -> bool:
+        """Whether a block has attention."""
+        return layer not in self._layers("no_attention_layers")
+
+    def is_parallel(self, layer: int) -> bool:
+        """Whether attention and MLP of a block stand side by side."""
+        return self.parallel != "off" and layer >= self.parallel_start
 
     def window_of(self, layer: int) -> int | None:
         """Tokens before itself that a token sees in this layer; None = all."""

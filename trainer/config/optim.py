@@ -62,7 +62,10 @@ class OptimConfig(Settings):
     head_weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decoupled weight decay of an untied head; 0 = off."""
     lora_lr: PositiveFloat = 0.04
-    """Adam learning rate of the adapters of shared blocks."""
+    """Adam learning rate of the adapters of shared and of recurring blocks."""
+    recur_weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled weight decay of the learned blend of recurrence (model.recur_blend), which would
+    rest at a = 1; 0 = off. Published runs let scalar_weight_decay pull at it."""
     muon_row_normalize: bool = False
     """MuonEq-R: rows of the momentum are brought to norm 1 before they are orthogonalised."""
     muon_row_eps: PositiveFloat = 1e-7
@@ -112,6 +115,11 @@ class ScheduleConfig(Settings):
     """Length of the warmdown for "fraction"; 0 = no warmdown."""
     min_lr: Fraction = 0.0
     """Floor of the learning-rate multiplier."""
+    recur_start: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the budget after which training recurs (model.recur_visits); 0 = from the start."""
+    recur_phases: str = ""
+    """Recurrence in steps instead, as in "2@0.5,3@0.65": two visits from half of the budget on,
+    three from 0.65 on; the last number is model.recur_visits. "" = by recur_start."""
 
 
 class LossConfig(Settings):

@@ -17,6 +17,7 @@ from trainer.config.model import ModelConfig
 from trainer.config.optim import AverageConfig, LossConfig, OptimConfig, ScheduleConfig
 from trainer.config.qat_lite import QatLiteConfig
 from trainer.config.quantize import CompressConfig, QuantizeConfig
+from trainer.config.recurrence import Phase, parse_phases
 from trainer.config.run import BudgetConfig, RuntimeConfig
 from trainer.errors import ConfigError
 
@@ -65,6 +66,7 @@ class TrainConfig(Settings):
                 f"model.num_layers = {self.model.num_layers}; lower it"
             )
         faults.extend(self._calibration_faults())
+        faults.extend(self._recurrence_faults())
         return raise_together(self, faults)
 
     def _calibration_faults(self) -> list[str]:
@@ -83,6 +85,39 @@ class TrainConfig(Settings):
                 f"{seconds:g} to train in; lower it"
             ]
         return []
+
+    def _recurrence_faults(self) -> list[str]:
+        start, text = self.schedule.recur_start, self.schedule.recur_phases
+        visits = self.model.recur_visits
+        if visits == 1 and (start or text):
+            return [
+                f"schedule.recur_start = {start:g} and schedule.recur_phases = {text!r} begin a "
+                "recurrence that model.recur_visits = 1 does not have; raise it, or set 0 and "
+                '""'
+            ]
+        if start and text:
+            return [
+                f"schedule.recur_start = {start:g} and schedule.recur_phases = {text!r} both say "
+                "when recurrence begins; set one of them"
+            ]
+        try:
+            last = parse_phases(text)[-1].visits if text else visits
+        except ValueError as error:
+            return [f"schedule.recur_phases = {text!r}: {error}"]
+        if last != visits:
+            return [
+                f"schedule.recur_phases = {text!r} ends with {last} visits, but evaluation makes "
+                f"model.recur_visits = {visits}; make them equal"
+            ]
+        return []
+
+    @property
+    def recur_phases(self) -> tuple[Phase, ...]:
+        """Visits of the recurring blocks along the training, from 0 on, at least one phase."""
+        if self.schedule.recur_phases:
+            return parse_phases(self.schedule.recur_phases)
+        last = Phase(self.schedule.recur_start, self.model.recur_visits)
+        return (Phase(0.0, 1), last) if last.start > 0 else (last,)
 
     @property
     def step_seconds(self) -> float | None:

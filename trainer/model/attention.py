@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from trainer.attention import Attend
 from trainer.attention.repeat import repeat_groups
 from trainer.config import ModelConfig
+from trainer.model.gate import HeadGate
 from trainer.model.linear import Linear
+from trainer.model.lora import adapt
 from trainer.model.norm import rms_norm
 from trainer.model.rotary import rotate
 from trainer.model.values import (
@@ -59,20 +61,35 @@ class SelfAttention(nn.Module):
         self.value_embed = ValueEmbedScale() if config.embeds_values(layer) else None
         is_exclusive = layer >= config.num_layers - config.xsa_last_n
         self._exclude = exclude_own_value if is_exclusive else keep_output
+        self.gate: HeadGate | None = None
+        """Set by the model when all else has its initial weights."""
 
-    def forward(self, x_BTC: Tensor, context: Context) -> tuple[Tensor, Tensor]:
-        """What attention adds, [B, T, C], and the values as projected, [B, T, G, D]."""
-        q_BTHD, k_BTGD, projected_BTGD = self._project(x_BTC)
+    def forward(
+        self, x_BTC: Tensor, context: Context, lora: nn.ModuleDict | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """What attention adds, [B, T, C], and the values as projected, [B, T, G, D].
+
+        Args:
+            lora: adapters of this visit of the block (trainer/model/recurrence.py).
+        """
+        q_BTHD, k_BTGD, projected_BTGD = self._project(x_BTC, lora)
         v_BTGD = self._join_values(projected_BTGD, context)
         out_BTHD = self._attended(q_BTHD, k_BTGD, v_BTGD, self.q_gain, context)
-        out_BTC: Tensor = self.out(self._exclude(out_BTHD, v_BTGD).flatten(2))
-        return out_BTC, projected_BTGD
+        out_BTHD = self._exclude(out_BTHD, v_BTGD)
+        if self.gate is not None:
+            out_BTHD = self.gate(out_BTHD, x_BTC)
+        heads_BTC = out_BTHD.flatten(2)
+        out_BTC: Tensor = self.out(heads_BTC)
+        return adapt(lora, "out", heads_BTC, out_BTC) if lora else out_BTC, projected_BTGD
 
-    def _project(self, x_BTC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(self, x_BTC: Tensor, lora: nn.ModuleDict | None) -> tuple[Tensor, Tensor, Tensor]:
         # One product of three matrices side by side: the weights stay separate parameters, but the
         # activations are read once, and once more in the backward pass (1 ms of 249 on an H200).
         weight = torch.cat((self.q.weight, self.k.weight, self.v.weight)).to(x_BTC.dtype)
-        return self._heads(F.linear(x_BTC, weight))
+        qkv = F.linear(x_BTC, weight)
+        if lora:
+            qkv = qkv + torch.cat([lora[name](x_BTC) for name in "qkv"], dim=-1)
+        return self._heads(qkv)
 
     def _heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q_BTHD, k_BTGD, v_BTGD = (

@@ -9,8 +9,10 @@ from trainer.attention import Attend
 from trainer.config import ModelConfig
 from trainer.model.attention import Context, SelfAttention
 from trainer.model.differential import DifferentialAttention
+from trainer.model.lanes import build_lanes
 from trainer.model.mlp import MLP
 from trainer.model.norm import build_norm
+from trainer.model.recurrence import Repeat
 
 
 class Block(nn.Module):
@@ -18,30 +20,101 @@ class Block(nn.Module):
 
     m, a, b are per channel; n is the norm, scaled where `ln_scale` is on; p, r are residual
     lambdas, 1 where they are off. x0 is the normalised embedding, which every block may mix in
-    again.
+    again. From `parallel_start` on attention and MLP may stand side by side instead:
+
+        joint   x <- m0 x + m1 x0; x <- x + a Attn(n x) + b MLP(n x)
+        lanes   see Lanes
     """
 
     def __init__(self, config: ModelConfig, attend: Attend, layer: int) -> None:
         super().__init__()
         attention = SelfAttention if config.diff_attention == "off" else DifferentialAttention
-        self.attn = attention(config, attend, layer)
+        attn = attention(config, attend, layer)  # also where it is thrown away: it draws numbers
+        self.attn = attn if config.attends(layer) else None
         self.mlp = MLP(config)
-        self.attn_scale, self.mlp_scale, self.resid_mix = block_scales(config)
+        attn_scale, mlp_scale, resid_mix = block_scales(config)
+        self.attn_scale = attn_scale if config.attends(layer) else None
+        self.mlp_scale, self.resid_mix = mlp_scale, resid_mix
+        self.layer_scale: nn.Parameter | None = None
+        if config.layer_scale:
+            start = torch.full((config.model_dim,), config.layer_scale_init)
+            self.layer_scale = nn.Parameter(start)
         self.resid_lambdas: nn.Parameter | None = None
         if config.resid_lambda_init:
             self.resid_lambdas = nn.Parameter(torch.full((2,), config.resid_lambda_init))
+        self.lanes = build_lanes(config, layer)
+        self.repeats = nn.ModuleList()
+        """Set by the model when all else has its initial weights."""
         self._norm = build_norm(layer, config.ln_scale)
+        is_joint = config.parallel == "joint" and config.is_parallel(layer)
+        self._run = self._side_by_side if is_joint else self._one_by_one
 
-    def forward(self, x_BTC: Tensor, context: Context) -> tuple[Tensor, Tensor]:
-        """The residual stream after the block, and the values of its attention as projected."""
-        dtype = x_BTC.dtype
-        keep_C, mix_C = self.resid_mix.to(dtype)
-        x_BTC = keep_C * x_BTC + mix_C * context.x0_BTC
-        attended_BTC, value_BTGD = self.attn(self._norm(x_BTC), context)
-        x_BTC = self._kept(x_BTC, 0) + self.attn_scale.to(dtype) * attended_BTC
-        mixed_BTC = self.mlp(self._norm(x_BTC))
-        x_BTC = self._kept(x_BTC, 1) + self.mlp_scale.to(dtype) * mixed_BTC
+    def forward(
+        self, x_BTC: Tensor, context: Context, repeat: Repeat | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The residual stream after the block, and the values of its attention as projected.
+
+        Args:
+            repeat: what this visit has of its own; None for the first.
+        """
+        return self._run(self._mixed(x_BTC, context), context, repeat)
+
+    def in_lanes(
+        self, first_BTC: Tensor, second_BTC: Tensor, context: Context
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Both lanes after the block, and the values of its attention as projected. Only what
+        attention reads has the embedding mixed in."""
+        assert self.lanes is not None
+        attended, value_BTGD = self._attended(self._mixed(first_BTC, context), context, None)
+        transformed_BTC = self._transformed(second_BTC, None)
+        first_BTC, second_BTC = self.lanes(first_BTC, second_BTC, attended, transformed_BTC)
+        return first_BTC, second_BTC, value_BTGD
+
+    def repeat(self, visit: int) -> Repeat:
+        """What a visit after the first, number 0, has of its own."""
+        repeat = self.repeats[visit - 1]
+        assert isinstance(repeat, Repeat)
+        return repeat
+
+    def _mixed(self, x_BTC: Tensor, context: Context) -> Tensor:
+        keep_C, mix_C = self.resid_mix.to(x_BTC.dtype)
+        mixed_BTC: Tensor = keep_C * x_BTC + mix_C * context.x0_BTC
+        return mixed_BTC
+
+    def _one_by_one(
+        self, x_BTC: Tensor, context: Context, repeat: Repeat | None
+    ) -> tuple[Tensor, Tensor | None]:
+        attended_BTC, value_BTGD = self._attended(x_BTC, context, repeat)
+        x_BTC = self._kept(x_BTC, 0) + attended_BTC
+        x_BTC = self._kept(x_BTC, 1) + self._transformed(x_BTC, repeat)
         return x_BTC, value_BTGD
+
+    def _side_by_side(
+        self, x_BTC: Tensor, context: Context, repeat: Repeat | None
+    ) -> tuple[Tensor, Tensor | None]:
+        attended_BTC, value_BTGD = self._attended(x_BTC, context, repeat)
+        return x_BTC + attended_BTC + self._transformed(x_BTC, repeat), value_BTGD
+
+    def _attended(
+        self, x_BTC: Tensor, context: Context, repeat: Repeat | None
+    ) -> tuple[Tensor | float, Tensor | None]:
+        """What attention adds, and the values as projected; 0 and None where there is none."""
+        if self.attn is None or self.attn_scale is None:
+            return 0.0, None
+        lora = repeat.lora if repeat is not None else None
+        out_BTC, value_BTGD = self.attn(self._norm(x_BTC), context, lora)
+        return self._scale(self.attn_scale, x_BTC.dtype) * out_BTC, value_BTGD
+
+    def _transformed(self, x_BTC: Tensor, repeat: Repeat | None) -> Tensor:
+        """What the MLP adds."""
+        h_BTC = self._norm(x_BTC)
+        out_BTC = self.mlp(h_BTC) if repeat is None else repeat.transform(self.mlp, h_BTC)
+        return self._scale(self.mlp_scale, x_BTC.dtype) * out_BTC
+
+    def _scale(self, scale_C: Tensor, dtype: torch.dtype) -> Tensor:
+        if self.layer_scale is None:
+            return scale_C.to(dtype)
+        return self.layer_scale.to(dtype) * scale_C.to(dtype)
 
     def _kept(self, x_BTC: Tensor, addition: int) -> Tensor:
         if self.resid_lambdas is None:
@@ -52,7 +125,7 @@ class Block(nn.Module):
 def block_scales(config: ModelConfig) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter]:
     """attn_scale and mlp_scale [C], resid_mix [2, C], as a block begins with them."""
     one, zero = torch.ones(config.model_dim), torch.zeros(config.model_dim)
-    start = config.layer_scale_init
+    start = 1.0 if config.layer_scale else config.layer_scale_init
     return (
         nn.Parameter(start * one),
         nn.Parameter(start * one),

@@ -9,7 +9,8 @@ Legend: B rows, T tokens, C model width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -22,8 +23,11 @@ from trainer.loss import Objective
 from trainer.model.attention import Context
 from trainer.model.block import Block
 from trainer.model.embedding import BigramHash, ChannelSmear, TokenSmear, ValueTable
+from trainer.model.gate import HeadGate
+from trainer.model.lanes import LaneMerge
 from trainer.model.linear import Linear
 from trainer.model.norm import rms_norm
+from trainer.model.recurrence import build_repeats
 from trainer.model.rotary import Rotary
 from trainer.model.shared import SharedBlock, Visit
 
@@ -33,7 +37,8 @@ MAX_SEQ_LEN = 8192
 
 class GPT(nn.Module):
     """Parameters are fp32; activations run in `compute_dtype`, which the builder sets, as it does
-    `objective`, what training minimises (None = the mean cross-entropy).
+    `objective`, what training minimises (None = the mean cross-entropy). `visits_now` is how often
+    recurring blocks are visited; change it through `visiting`.
 
     Initial weights come from torch's global generator of the device that is current: seed it
     before. Traces as one graph (`torch.compile(model, fullgraph=True, dynamic=False)`).
@@ -55,6 +60,7 @@ class GPT(nn.Module):
         self.config = config
         self.compute_dtype = torch.float32
         self.objective: Objective | None = None
+        self.visits_now = config.recur_visits
         self.tok_emb = nn.Embedding(config.vocab_size, config.model_dim)
         if config.tie_embeddings:
             nn.init.normal_(self.tok_emb.weight, std=config.tied_embed_init_std)
@@ -69,6 +75,8 @@ class GPT(nn.Module):
         self.token_smear = TokenSmear(config) if config.smear == "token" else None
         self.channel_smear = ChannelSmear(config) if config.smear == "channel" else None
         self.value_embed = ValueTable(config) if config.value_embed_dim else None
+        if config.num_loops == 1:
+            self._add_gates_and_repeats(config)
         self.rotary = Rotary(config, max_seq_len, row_lengths)
 
     def forward(
@@ -132,39 +140,101 @@ class GPT(nn.Module):
             self.skip_weights = nn.Parameter(torch.ones(shape))
             if config.gated_skips:
                 self.skip_gates = nn.Parameter(torch.zeros(shape))
+        # Skips that only recurrence has are tensors of their own: unused, they have no gradient.
+        rows = range(config.num_recur_skips)
+        if rows:
+            ones, zeros = torch.ones(config.model_dim), torch.zeros(config.model_dim)
+            self.recur_skip_weights = nn.ParameterList(ones.clone() for _ in rows)
+            if config.gated_skips:
+                self.recur_skip_gates = nn.ParameterList(zeros.clone() for _ in rows)
         if config.backout_layer >= 0:
             self.backout = nn.Parameter(torch.full((1,), config.backout_init))
+        if config.parallel == "lanes":
+            self.lane_merge = LaneMerge(config.parallel_merge)
+        visits = range(1, config.recur_visits + 1)
+        self._orders = {number: config.visit_order(number) for number in visits}
+        self._first_in_lanes = (
+            config.parallel_start if config.parallel == "lanes" else config.num_layers
+        )
         self._run_blocks = self._unet
         self._join = self._interpolate if config.gated_skips else self._add
 
+    def _add_gates_and_repeats(self, config: ModelConfig) -> None:
+        for layer in range(config.num_layers):
+            block = self._block(layer)
+            block.repeats = build_repeats(config, layer)
+            if config.attn_gate != "off" and block.attn is not None:
+                block.attn.gate = HeadGate(config)
+
+    def _block(self, layer: int) -> Block:
+        block = self.blocks[layer]
+        assert isinstance(block, Block)
+        return block
+
+    @contextmanager
+    def visiting(self, visits: int) -> Iterator[None]:
+        """Inside, recurring blocks are visited so often, from 1 to recur_visits; outside, always
+        recur_visits times. A compiled model has a graph for each number that it has seen."""
+        full, self.visits_now = self.visits_now, visits
+        try:
+            yield
+        finally:
+            self.visits_now = full
+
     def _unet(self, x_BTC: Tensor, context: Context) -> Tensor:
-        """The first half of the blocks feeds the second half in reverse order."""
+        """The first half of the visits feeds the second half in reverse order."""
+        order = self._orders[self.visits_now]
+        num_encoder = len(order) // 2
+        num_skips = self.config.num_skips + self.config.num_recur_skips
         waiting: list[Tensor] = []
-        first_decoder = self.config.num_skips
+        left: dict[int, Tensor] = {}  # the stream after the last visit of each block
         cached_BTC = x_BTC
-        for index, block in enumerate(self.blocks):
-            if index >= first_decoder and waiting:
-                x_BTC = self._join(x_BTC, waiting.pop(), index - first_decoder)
-            x_BTC, value_BTGD = block(x_BTC, context)
-            if index == 0:
+        second_BTC: Tensor | None = None
+        for place, (layer, visit) in enumerate(order):
+            block = self._block(layer)
+            step = place - num_encoder
+            if 0 <= step < num_skips and waiting:
+                x_BTC = self._join(x_BTC, waiting.pop(), step)
+            if layer >= self._first_in_lanes:
+                second_BTC = x_BTC if second_BTC is None else second_BTC
+                x_BTC, second_BTC, value_BTGD = block.in_lanes(x_BTC, second_BTC, context)
+            elif visit:
+                repeat = block.repeat(visit)
+                y_BTC, value_BTGD = block(x_BTC, context, repeat)
+                x_BTC = repeat.blend(x_BTC, y_BTC, left[layer])
+            else:
+                x_BTC, value_BTGD = block(x_BTC, context)
+            if place == 0:
                 context = context._replace(first_value_BTGD=value_BTGD)
-            if index < first_decoder:
+            left[layer] = x_BTC
+            if step < 0:
                 waiting.append(x_BTC)
-            if index == self.config.backout_layer:
+            if layer == self.config.backout_layer:
                 cached_BTC = x_BTC
+        if second_BTC is not None:
+            x_BTC = self.lane_merge(x_BTC, second_BTC)
         if self.config.backout_layer < 0:
             return x_BTC
         return x_BTC - self.backout.to(x_BTC.dtype) * cached_BTC
 
     def _add(self, x_BTC: Tensor, skip_BTC: Tensor, index: int) -> Tensor:
-        return x_BTC + self.skip_weights[index].to(x_BTC.dtype) * skip_BTC
+        return x_BTC + self._skip_row("weights", index).to(x_BTC.dtype) * skip_BTC
 
     def _interpolate(self, x_BTC: Tensor, skip_BTC: Tensor, index: int) -> Tensor:
         """g x + (1 - g) w s, g = sigmoid(gate), from 1/2 (parameter-golf #1089). The README of
         #1212 describes x + g s, but its code does this."""
-        gate_C = torch.sigmoid(self.skip_gates[index]).to(x_BTC.dtype)
-        weight_C = self.skip_weights[index].to(x_BTC.dtype)
+        gate_C = torch.sigmoid(self._skip_row("gates", index)).to(x_BTC.dtype)
+        weight_C = self._skip_row("weights", index).to(x_BTC.dtype)
         return gate_C * x_BTC + (1 - gate_C) * (weight_C * skip_BTC)
+
+    def _skip_row(self, kind: Literal["weights", "gates"], index: int) -> Tensor:
+        """The factor or the gate's score of a skip, [C]."""
+        num_plain = self.config.num_skips
+        if index < num_plain:
+            row_C: Tensor = getattr(self, f"skip_{kind}")[index]
+        else:
+            row_C = getattr(self, f"recur_skip_{kind}")[index - num_plain]
+        return row_C
 
     def _build_loops(self, config: ModelConfig, attend: Attend) -> None:
         self.blocks = nn.ModuleList(

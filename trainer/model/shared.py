@@ -9,8 +9,6 @@ Legend: B rows, T tokens, C model width.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,22 +17,9 @@ from trainer.attention import Attend
 from trainer.config import ModelConfig
 from trainer.model.attention import Context, SelfAttention
 from trainer.model.block import block_scales
+from trainer.model.lora import adapt, build_lora
 from trainer.model.mlp import MLP
 from trainer.model.norm import build_norm
-
-
-class Lora(nn.Module):
-    """(x A) B. A begins normal over sqrt(in), B as `lora_init_std` says."""
-
-    def __init__(self, num_in: int, num_out: int, rank: int, second_std: float) -> None:
-        super().__init__()
-        self.a = nn.Parameter(torch.randn(num_in, rank) / math.sqrt(num_in))
-        self.b = nn.Parameter(torch.zeros(rank, num_out))
-        if second_std:
-            nn.init.normal_(self.b, std=second_std / math.sqrt(rank))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (x @ self.a.to(x.dtype)) @ self.b.to(x.dtype)
 
 
 class Visit(nn.Module):
@@ -44,25 +29,11 @@ class Visit(nn.Module):
         super().__init__()
         self.attn_scale, self.mlp_scale, self.resid_mix = block_scales(config)
         self.q_gain = nn.Parameter(torch.full((config.num_heads,), config.qk_gain_init))
-        width, kv_width = config.model_dim, config.num_kv_heads * config.head_dim
-        shapes = {
-            "q": (width, width),
-            "k": (width, kv_width),
-            "v": (width, kv_width),
-            "out": (width, width),
-            "up": (width, config.mlp_dim),
-            "down": (config.mlp_dim, width),
-        }
-        rank = config.lora_rank
-        self.lora = nn.ModuleDict(
-            {name: Lora(*shape, rank, config.lora_init_std) for name, shape in shapes.items()}
-            if rank
-            else {}
-        )
+        self.lora = build_lora(config, config.lora_rank, second_std=config.lora_init_std)
 
     def add(self, name: str, x: Tensor, product: Tensor) -> Tensor:
         """The product of x with a shared matrix, plus this visit's adapter of that matrix."""
-        return product + self.lora[name](x) if name in self.lora else product
+        return adapt(self.lora, name, x, product)
 
 
 class SharedAttention(SelfAttention):

@@ -79,10 +79,11 @@ class Muon:
             updates.narrow(0, stack.first, stack.momentum_NRC.numel()).view_as(stack.momentum_NRC)
             for stack in self._stacks
         ]
-        for stack, part_NRC in zip(self._stacks, parts, strict=True):
+        stacks = [pair for pair in zip(self._stacks, parts, strict=True) if in_use(pair[0].params)]
+        for stack, part_NRC in stacks:
             self._orthogonal_update(stack, momentum, part_NRC)
         self._group.all_reduce_sum_(updates)
-        for stack, part_NRC in zip(self._stacks, parts, strict=True):
+        for stack, part_NRC in stacks:
             apply_update(stack.params, part_NRC, stack.rule, lr_mult, extra_decay)
 
     def _orthogonal_update(self, stack: _Stack, momentum: float, part_NRC: Tensor) -> None:
@@ -132,9 +133,15 @@ def apply_update(
     torch._foreach_add_(matrices, update_NRC.float().mul_(-lr * scale).unbind())
 
 
+def in_use(params: Sequence[nn.Parameter]) -> bool:
+    """Whether the backward pass came through these matrices: through all of a stack or none. Those
+    of a recurrence that has not begun are left alone, weight decay included."""
+    return params[0].grad is not None
+
+
 def gradient(param: nn.Parameter) -> Tensor:
     """The gradient that a backward pass left on a matrix."""
-    assert param.grad is not None, "Muon steps after a backward pass through every matrix"
+    assert param.grad is not None, "Muon steps after a backward pass through all of a stack"
     return param.grad
 
 

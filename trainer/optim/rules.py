@@ -55,6 +55,8 @@ def param_rules(config: TrainConfig) -> tuple[ParamRule, ...]:
     table = partial(_adam, embed_lr, optim.embed_weight_decay)
     return (
         ParamRule("blocks.*.resid_lambdas", "adam", RESID_LAMBDA_LR * optim.scalar_lr),
+        *_recurrence_rules(config),
+        scalar("blocks.*.attn.gate.*"),
         *_late_rules(config),
         ParamRule("blocks.*.weight", "muon", optim.matrix_lr, optim.weight_decay),
         scalar("blocks.*"),
@@ -62,6 +64,8 @@ def param_rules(config: TrainConfig) -> tuple[ParamRule, ...]:
         scalar("visits.*"),
         scalar("skip_weights"),
         scalar("skip_gates"),
+        scalar("recur_skip_*"),
+        scalar("lane_merge.*"),
         scalar("backout"),
         scalar("*_smear.*"),
         table("bigram.table.weight"),
@@ -76,6 +80,22 @@ def param_rules(config: TrainConfig) -> tuple[ParamRule, ...]:
 
 def _adam(lr: float, weight_decay: float, pattern: str) -> ParamRule:
     return ParamRule(pattern, "adam", lr, weight_decay)
+
+
+def _recurrence_rules(config: TrainConfig) -> tuple[ParamRule, ...]:
+    """Rows of what repeat visits have of their own. Each visit's MLPs have a row of their own, so
+    that they do not share a stack with matrices that are in use before them."""
+    optim = config.optim
+    return (
+        ParamRule("blocks.*.blend_factors", "adam", optim.scalar_lr, optim.recur_weight_decay),
+        ParamRule("blocks.*.lora.*", "adam", optim.lora_lr),
+        *(
+            ParamRule(
+                f"blocks.*.repeats.{repeat}.mlp.*", "muon", optim.matrix_lr, optim.weight_decay
+            )
+            for repeat in range(config.model.recur_visits - 1)
+        ),
+    )
 
 
 def _late_rules(config: TrainConfig) -> tuple[ParamRule, ...]:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.distributed import Group, Pending
-from trainer.optim.muon import apply_update, by_shape, gradient
+from trainer.optim.muon import apply_update, by_shape, gradient, in_use
 from trainer.optim.orthogonalization import PLAIN, UpdateRule
 from trainer.optim.rules import ParamRule
 
@@ -76,7 +76,7 @@ class ShardedMuon:
     @torch.no_grad()
     def start_reduction(self) -> None:
         """Send every bank's gradients on their way, right after the backward pass."""
-        for bank in self._banks:
+        for bank in self._used():
             bank.pending = self._group.reduce_scatter_sum(bank.padded_gradients(self._group.size))
 
     def own_gradients(self) -> list[Tensor]:
@@ -87,12 +87,16 @@ class ShardedMuon:
     @torch.no_grad()
     def step(self, lr_mult: float, momentum: float, extra_decay: float = 0.0) -> None:
         """Update every matrix; arguments as those of Muon.step."""
-        if any(bank.pending is None for bank in self._banks):
+        banks = self._used()
+        if any(bank.pending is None for bank in banks):
             self.start_reduction()
-        results = [self._group.all_gather(self._update(bank, momentum)) for bank in self._banks]
-        for bank, result in zip(self._banks, results, strict=True):
+        results = [self._group.all_gather(self._update(bank, momentum)) for bank in banks]
+        for bank, result in zip(banks, results, strict=True):
             update_NRC = result.wait()[: len(bank.params)]
             apply_update(bank.params, update_NRC, bank.rule, lr_mult, extra_decay)
+
+    def _used(self) -> list[_Bank]:
+        return [bank for bank in self._banks if in_use(bank.params)]
 
     def _update(self, bank: _Bank, momentum: float) -> Tensor:
         """Orthogonalised updates of this rank's share of a bank, [K, R, C]."""

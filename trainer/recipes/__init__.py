@@ -4,9 +4,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from trainer.config import TrainConfig
+from trainer.recipes.frontier import frontier
 from trainer.recipes.golf_baseline import golf_baseline
 from trainer.recipes.pr675 import pr675
 from trainer.recipes.pr1212 import pr1212
+from trainer.recipes.pr1894 import pr1894
 from trainer.recipes.tiny import tiny
 
 
@@ -74,6 +76,50 @@ RECIPES: dict[str, Recipe] = {
             ),
             "golf-10min-16mb",
             pr1212,
+        ),
+        Recipe(
+            "pr1894",
+            "parameter-golf #1894 (1.0996 on 8xH100, one seed)",
+            (
+                "recurrence",
+                "recurrence from 0.42 of the clock",
+                "RECUR_AB",
+                "parallel residuals",
+                "LeakyReLU(0.5)^2",
+                "gated skips",
+                "LN scale",
+                "layer scale",
+                "partial RoPE",
+                "GPTQ int6",
+                "byte shuffle",
+                "brotli",
+                "sliding evaluation",
+            ),
+            "golf-10min-16mb",
+            pr1894,
+        ),
+        Recipe(
+            "frontier",
+            "parameter-golf #1855, the last accepted record (1.0611 on 8xH100, three seeds)",
+            (
+                "recurrence",
+                "two-lane residuals",
+                "sparse attention gates",
+                "XSA",
+                "SmearGate",
+                "LeakyReLU(0.5)^2",
+                "gated skips",
+                "LN scale",
+                "partial RoPE",
+                "parallel Muon",
+                "EMA",
+                "GPTQ int6",
+                "byte shuffle",
+                "brotli",
+                "sliding evaluation",
+            ),
+            "golf-10min-16mb",
+            frontier,
         ),
     )
 }
