@@ -92,8 +92,8 @@ class Run:
     kept: KeptStep | None = None
     unaveraged: float | None = None
     """Progress of the last step, until its weights are taken into the average."""
-    primed_seconds: dict[int, float] = field(default_factory=dict)
-    """Seconds of a primed step, by the visits of recurring blocks, until that phase begins."""
+    primed_seconds: dict[float, float] = field(default_factory=dict)
+    """Seconds of a primed step by the start of its phase, until that begins."""
     compilations: int = 0
     """Inside the clock, on this rank."""
 
@@ -124,13 +124,13 @@ class Run:
             optimizer_state = self.optimizer.state_dict()
             position = self.work.loader.state_dict()
             pacer = StepPacer(self.work.group.device)
-            for start, visits in self.config.recur_phases:
+            for start in self._phase_starts():
                 for step in range(self.config.runtime.prime_steps):
                     started = self.clock.now()
                     pacer.launched(self._step(step, start))
                     pacer.drain()
-                self.primed_seconds[visits] = self.clock.now() - started
-            self._expect_visits(0.0)
+                self.primed_seconds[start] = self.clock.now() - started
+            self._expect_phase(0.0)
             if self.config.runtime.prime_steps == 1:
                 self.primed_seconds.clear()  # they are those of compilation
             if self.config.quantize.method == "gptq":
@@ -193,7 +193,7 @@ class Run:
                 self.kept = self._keep(gate.elapsed_s)
             self._take_average()
             self.unaveraged = self._progress(step, gate)
-            self._expect_visits(self.unaveraged)
+            self._expect_phase(self.unaveraged)
             pacer.launched(self._step(step, self.unaveraged))
             self.steps += 1
             if config.runtime.val_every and self.steps % config.runtime.val_every == 0:
@@ -207,12 +207,15 @@ class Run:
             return reason or "stopped with rank 0"
         return None
 
-    def _expect_visits(self, progress: float) -> None:
-        """Tell the clock what a step of a new phase of recurrence takes, from when it was primed;
-        the last steps do not know it."""
-        visits = visits_at(self.config.recur_phases, progress)
-        if visits in self.primed_seconds:
-            self.clock.expect_step(self.primed_seconds.pop(visits))
+    def _phase_starts(self) -> list[float]:
+        """Shares of the budget from which steps run another graph."""
+        return sorted({phase.start for phase in self.config.recur_phases})
+
+    def _expect_phase(self, progress: float) -> None:
+        """Tell the clock what a step of a phase that begins takes, from when it was primed: the
+        last steps do not know it."""
+        for start in [start for start in self.primed_seconds if start <= progress]:
+            self.clock.expect_step(self.primed_seconds.pop(start))
 
     def _take_average(self) -> None:
         """Take the last step's weights into the average, as soon as it is known that they count."""

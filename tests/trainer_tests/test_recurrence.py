@@ -17,6 +17,7 @@ from tests.trainer_tests.architectures import BASE, config_of
 from tests.trainer_tests.small_data import VOCAB_SIZE, write_folder
 from trainer import artifact, loop
 from trainer.attention import select_backend
+from trainer.clock import BudgetClock
 from trainer.config import ModelConfig, TrainConfig
 from trainer.config.recurrence import Phase, parse_phases, visits_at
 from trainer.data.byte_table import ByteTable
@@ -28,6 +29,7 @@ from trainer.loop import Run, train
 from trainer.model.gpt import GPT
 from trainer.optim import build_optimizer
 from trainer.quantize import dequantize
+from trainer.quantize.calibration import collect_hessians
 from trainer.recipes import RECIPES
 from trainer.report import NullReporter
 from trainer.workspace import build_model
@@ -340,6 +342,18 @@ def test_the_clock_alone_can_begin_it(
     assert {1, 3} <= set(visits[2 * config.runtime.prime_steps :])
 
 
+def test_the_clock_is_told_what_a_step_of_each_phase_takes(
+    configure: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[float] = []
+    monkeypatch.setattr(BudgetClock, "expect_step", lambda self, seconds: told.append(seconds))
+    config = configure(**{"schedule.recur_start": 0.0, "schedule.recur_phases": "2@0.25,3@0.75"})
+    for prime_steps, times in ((2, 3), (1, 1)):  # the first step of a phase may be compilation
+        told.clear()
+        train(config.with_overrides({"runtime.prime_steps": prime_steps}), NullReporter())
+        assert len(told) == times and all(seconds > 0 for seconds in told)
+
+
 def test_priming_every_phase_leaves_no_trace(configure: Callable[..., TrainConfig]) -> None:
     results = [
         train(configure(**{"runtime.prime_steps": steps}), NullReporter()) for steps in (0, 2)
@@ -362,6 +376,21 @@ def test_the_score_is_that_of_a_model_that_recurs(
     assert evaluate(model, dataset, table, config.evaluate, group).val_bpb == result.val_bpb
     with model.visiting(1):
         assert evaluate(model, dataset, table, config.evaluate, group).val_bpb != result.val_bpb
+
+
+def test_gptq_hears_of_every_visit() -> None:
+    """The inputs of a shared matrix are those of all its visits."""
+    model = build(config_of("recur_lora"))
+    heard: list[Tensor] = []
+    for block in model.blocks[2:3]:
+        block.mlp.down.register_forward_hook(lambda module, inputs, out: heard.append(inputs[0]))
+    with torch.no_grad():
+        model(rows()[:, :-1], rows()[:, 1:])
+    assert len(heard) == 3
+    name, group = "blocks.2.mlp.down.weight", Group(torch.device("cpu"))
+    seen = collect_hessians(model, [name], [(rows()[:, :-1], rows()[:, 1:])], group)[name]
+    flat = torch.cat([inputs.flatten(0, 1) for inputs in heard[:3]]).float()
+    torch.testing.assert_close(seen, flat.T @ flat / rows()[:, :-1].numel())
 
 
 @pytest.mark.parametrize("muon_comm", ["all_reduce", "reduce_scatter"])
@@ -408,12 +437,12 @@ def test_what_is_not_in_use_yet_is_not_touched(muon_comm: str) -> None:
     assert moved[4] == set(start)
 
 
-@pytest.mark.parametrize("name", ["pr1894", "frontier"])
-def test_every_phase_is_one_graph_with_the_same_numbers(name: str) -> None:
+@pytest.mark.parametrize(("name", "phases"), [("pr1894", (1, 3)), ("frontier", (3,))])
+def test_every_phase_is_one_graph_with_the_same_numbers(name: str, phases: tuple[int]) -> None:
     torch._dynamo.reset()
     model = build(config_of(name))
     compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="eager")
-    for visits in (1, 3):
+    for visits in phases:
         with model.visiting(visits):
             expected, gradients = loss_and_gradients(model)
             model.zero_grad()
