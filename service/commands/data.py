@@ -49,6 +49,10 @@ def prepare(
         ),
     ] = None,
     name: Annotated[str, typer.Option("--name", help="First part of the files' names.")] = "corpus",
+    case_ops: Annotated[
+        bool,
+        typer.Option("--caseops", help="Spell capitals as marks before lower-case words (#1729)."),
+    ] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Turn text into a tokenizer and shards in the challenge's format."""
@@ -67,6 +71,7 @@ def prepare(
             progress=progress,
             val_texts=val_texts or (),
             name=name,
+            case_ops=case_ops,
         )
     _show(made, as_json)
 

@@ -1,6 +1,7 @@
 """Text to a data folder: tokenizer, training and validation shards, manifest.
 
-Every document becomes BOS and its tokens, without an end mark. The result depends on the texts and
+Every document becomes BOS and its tokens, without an end mark. With CaseOps, validation shards get
+a byte side-car (trainer/data/byte_side_car.py). The result depends on the texts and
 the arguments only: the same call gives the same bytes.
 
 The tokenizer normalises text before it cuts it (nmt_nfkc: compatibility characters folded, every
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.data.build_folder import build_folder, sole_maker
+from trainer.data.case_marks import MARKS, case_mark_ids, encode_case
 from trainer.data.encode import (
     LabelledDocument,
     Progress,
@@ -44,6 +46,7 @@ def prepare(
     val_texts: Sequence[Path] = (),
     val_fraction: float = VAL_FRACTION,
     name: str = "corpus",
+    case_ops: bool = False,
 ) -> dict[str, Any]:
     """Make the data folder `out` from text files.
 
@@ -56,6 +59,8 @@ def prepare(
         val_texts: validation documents; without them a deterministic share of `texts` is held out.
         val_fraction: that share, of documents.
         name: first part of the shards' file names.
+        case_ops: train a CaseOps tokenizer (trainer/data/case_marks.py). One that is given as
+            `tokenizer` says for itself what it is.
 
     Returns {dir, vocab_size, train_tokens, val_tokens, digest}. Raises DataError.
     """
@@ -69,16 +74,28 @@ def prepare(
         with build_folder(out) as folder:
             model = folder / (tokenizer.name if tokenizer else f"{name}_{vocab_size}_bpe.model")
             if tokenizer:
-                load_tokenizer(tokenizer)
+                _check_marks(tokenizer, case_ops)
                 shutil.copyfile(tokenizer, model)
             else:
                 labelled = _labelled(texts, val_texts, val_fraction, "tokenizer", progress)
-                train_texts = (text for split, text in labelled if split == "train")
-                train_tokenizer(sample_sentences(train_texts), vocab_size, model)
+                train_texts: Iterator[str] = (text for split, text in labelled if split == "train")
+                if case_ops:
+                    train_texts = map(encode_case, train_texts)
+                symbols = MARKS if case_ops else ()
+                train_tokenizer(sample_sentences(train_texts), vocab_size, model, symbols)
             documents = _labelled(texts, val_texts, val_fraction, "encode", progress)
             source = {"kind": "text", "files": [path.name for path in (*texts, *val_texts)]}
             manifest = write_dataset(folder, documents, model, vocab_size, source, name)
     return describe_dataset(out, manifest)
+
+
+def _check_marks(tokenizer: Path, case_ops: bool) -> None:
+    has_marks = bool(case_mark_ids(load_tokenizer(tokenizer)))
+    if case_ops and not has_marks:
+        raise DataError(
+            f"{tokenizer}: lacks the marks of CaseOps (U+E001 to U+E004); give a tokenizer with "
+            "them, or none to have one trained"
+        )
 
 
 def hold_out(documents: Iterable[str], fraction: float) -> Iterator[LabelledDocument]:

@@ -1,7 +1,8 @@
 """val_bpb exactly as the challenge computes it: every validation token once, in windows of seq_len.
 
 Scored are the targets of the floor((M - 1) / T) whole rows that M validation tokens make. Losses
-are summed in fp64 and bytes counted from the tokenizer's table, over all ranks:
+are summed in fp64 and bytes counted from the tokenizer's table, or the byte side-car of CaseOps,
+over all ranks:
 
     val_loss = sum of nats / tokens        val_bpb = (val_loss / ln 2) * (tokens / bytes)
 
@@ -29,6 +30,7 @@ from trainer.data.byte_table import ByteTable
 from trainer.data.dataset import Dataset
 from trainer.distributed import Group
 from trainer.evaluate.ngram_cache import NgramCache
+from trainer.evaluate.target_bytes import target_bytes
 from trainer.evaluate.windows import Windows, plan_windows
 
 Progress = Callable[[int, int], None]
@@ -75,16 +77,17 @@ def evaluate(
     windows = plan_windows(dataset, config, group)
     tokens = windows.padded(dataset.read_val())
     cache = NgramCache.of(tokens, windows.num_targets, config, group.device)
-    table = byte_table.to(group.device)
+    count_bytes = target_bytes(dataset, byte_table, group.device)
     sums = torch.zeros(3, dtype=torch.float64, device=group.device)
     with torch.inference_mode():
         for batch in range(windows.num_batches):
             x_BT, y_BT, num_rows = windows.rows(tokens, batch, group.device)
             counted_BT = windows.counted(batch, group.device)
+            indices_BT = windows.targets(batch, group.device)
             loss_BT = model(x_BT, y_BT, reduction="none")[:num_rows]
             if cache is not None:
-                loss_BT = cache.mix(loss_BT, windows.targets(batch, group.device))
-            bytes_BT = table.count(x_BT[:num_rows], y_BT[:num_rows])
+                loss_BT = cache.mix(loss_BT, indices_BT)
+            bytes_BT = count_bytes(x_BT[:num_rows], y_BT[:num_rows], indices_BT)
             sums[0] += torch.where(counted_BT, loss_BT.double(), 0.0).sum()
             sums[1] += counted_BT.sum()
             sums[2] += torch.where(counted_BT, bytes_BT, 0).sum()
