@@ -31,6 +31,7 @@ from trainer.data.dataset import Dataset
 from trainer.distributed import Group
 from trainer.evaluate.ngram_cache import NgramCache
 from trainer.evaluate.target_bytes import target_bytes
+from trainer.evaluate.tilt import Tilt
 from trainer.evaluate.windows import Windows, plan_windows
 
 Progress = Callable[[int, int], None]
@@ -43,7 +44,8 @@ class LossModel(Protocol):
     def __call__(
         self, tokens_BT: Tensor, targets_BT: Tensor, reduction: Literal["mean", "none"]
     ) -> Tensor:
-        """[B, T] fp32 nats of each target for reduction "none"."""
+        """[B, T] fp32 nats of each target for reduction "none"; for targets of shape [B, T, K], K
+        tokens for each place, [B, T, K]."""
         ...
 
 
@@ -76,6 +78,7 @@ def evaluate(
     dataset.check_scored_tokens(config.seq_len, expected=0)
     windows = plan_windows(dataset, config, group)
     tokens = windows.padded(dataset.read_val())
+    tilt = Tilt.of(tokens[: windows.num_targets + 1], config, group)
     cache = NgramCache.of(tokens, windows.num_targets, config, group.device)
     count_bytes = target_bytes(dataset, byte_table, group.device)
     sums = torch.zeros(3, dtype=torch.float64, device=group.device)
@@ -84,7 +87,10 @@ def evaluate(
             x_BT, y_BT, num_rows = windows.rows(tokens, batch, group.device)
             counted_BT = windows.counted(batch, group.device)
             indices_BT = windows.targets(batch, group.device)
-            loss_BT = model(x_BT, y_BT, reduction="none")[:num_rows]
+            if tilt is None:
+                loss_BT = model(x_BT, y_BT, reduction="none")[:num_rows]
+            else:
+                loss_BT = tilt.score(model, x_BT, y_BT, indices_BT)
             if cache is not None:
                 loss_BT = cache.mix(loss_BT, indices_BT)
             bytes_BT = count_bytes(x_BT[:num_rows], y_BT[:num_rows], indices_BT)
@@ -116,3 +122,5 @@ def prime(model: LossModel, dataset: Dataset, config: EvaluateConfig, group: Gro
         # The batch must be made in here: a compiled graph is guarded by the kind of its inputs.
         x_BT, y_BT, _ = windows.rows(windows.padded(tokens), 0, group.device)
         model(x_BT, y_BT, reduction="none")
+        if config.tilt_beta > 0:
+            model(x_BT, torch.stack([y_BT, y_BT], dim=-1), reduction="none")
