@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from service.commands.progress import StageProgress
-from service.commands.terminal import JsonFlag, output, print_json
+from service.commands.terminal import JsonFlag, output, print_json, warn
 from service.errors import UsageError
 from trainer.config import TrainConfig
 
@@ -73,6 +73,7 @@ def prepare(
             name=name,
             case_ops=case_ops,
         )
+    _warn_of_overlap(out)
     _show(made, as_json)
 
 
@@ -102,6 +103,7 @@ def fetch(
             root if root is not None else published.ROOT,
             progress,
         )
+    _warn_of_overlap(out)
     _show(made, as_json)
 
 
@@ -142,6 +144,15 @@ def _check_vocabulary(data: Path, vocab_size: int, recipe: str) -> None:
             f"model.vocab_size = {vocab_size}; pass a data set of {vocab_size} pieces, or "
             f"--set model.vocab_size={found}"
         )
+
+
+def _warn_of_overlap(folder: Path) -> None:
+    from trainer.data.dataset import Dataset
+    from trainer.data.overlap import WORTH_A_WARNING, measure_overlap
+
+    overlap = measure_overlap(Dataset.open(folder))
+    if overlap.share > WORTH_A_WARNING:
+        warn(f"{folder}: {overlap}; scores on it mean nothing unless that is meant")
 
 
 def _show(made: dict[str, Any], as_json: bool) -> None:

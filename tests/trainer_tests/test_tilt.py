@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from trainer.attention import select_backend
 from trainer.config import EvaluateConfig, ModelConfig, TrainConfig
 from trainer.data.byte_table import ByteTable
 from trainer.data.dataset import Dataset
+from trainer.data.window_hash import window_hashes
 from trainer.distributed import Group
 from trainer.errors import ConfigError
 from trainer.evaluate import tilt
@@ -81,11 +83,14 @@ def test_contexts_of_one_hash_are_told_apart(monkeypatch: pytest.MonkeyPatch) ->
     tokens = repeating_tokens(700)
     expected = plain_hints(tokens, 4, 0.5)
     assert len(set(expected)) > 10
-    monkeypatch.setattr(tilt, "_MULTIPLIER", 0)  # at first every context has the same hash
+    monkeypatch.setattr(tilt, "MULTIPLIER", 0)  # at first every context has the same hash
     assert hints(tokens, 4, 0.5).tolist() == expected
     monkeypatch.undo()
-    hashes = tilt._hashes
-    monkeypatch.setattr(tilt, "_hashes", lambda *args: hashes(*args) >> np.uint64(36))
+
+    def few(*args: Any, **settings: Any) -> np.ndarray:
+        return window_hashes(*args, **settings) >> np.uint64(36)
+
+    monkeypatch.setattr(tilt, "window_hashes", few)
     assert hints(tokens, 4, 0.5).tolist() == expected
 
 

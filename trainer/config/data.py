@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from trainer.config.base import PositiveInt, Settings, raise_together
+from trainer.config.base import Fraction, PositiveInt, Settings, raise_together
 from trainer.mix import lanes_of, mix_faults
 
 
@@ -39,6 +39,9 @@ class DataConfig(Settings):
     "document": as sequential, but a shard starts at its first document and no step leaves it."""
     train_split: Literal["train", "val", "both"] = "train"
     """Text to train on. All but "train" is illegal on the golf tracks: for replays only."""
+    max_overlap: Fraction = 1.0
+    """Largest share of the first 10 million training tokens that may also be validation text, found
+    by windows of 64 tokens before training; more is refused (#2127). 1 = off: not looked at."""
 
     @property
     def row_lengths(self) -> set[int]:

@@ -36,6 +36,7 @@ from torch import Tensor
 
 from trainer.config import EvaluateConfig
 from trainer.data.shards import Tokens
+from trainer.data.window_hash import MULTIPLIER, window_hashes
 from trainer.distributed import Group
 from trainer.evaluate.ngram_cache import count_earlier
 
@@ -43,8 +44,6 @@ if TYPE_CHECKING:
     from trainer.evaluate.bits_per_byte import LossModel
 
 NO_HINT = -1
-_MULTIPLIER = 0x9E3779B97F4A7C15
-"""Odd, 2^64 over the golden ratio: spreads keys over the high bits."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +119,7 @@ def _repeated_contexts(tokens: Tokens, width: int) -> tuple[NDArray[np.int64], N
     """Where the contexts of `width` tokens begin that may occur more than once: equal ones side by
     side, in the order of the text; and which of them is the first of its kind."""
     for attempt in itertools.count():
-        keys = _hashes(tokens, width, _MULTIPLIER + 2 * attempt)
+        keys = window_hashes(tokens, width, multiplier=MULTIPLIER + 2 * attempt)
         starts = _with_company(keys)
         keys = keys[starts]
         order = np.argsort(keys, kind="stable")
@@ -134,19 +133,6 @@ def _repeated_contexts(tokens: Tokens, width: int) -> tuple[NDArray[np.int64], N
             break
         # Two contexts with one hash, once in thousands of texts: take another hash.
     return starts, is_first
-
-
-def _hashes(tokens: Tokens, width: int, multiplier: int) -> NDArray[np.uint64]:
-    """A hash of the `width` tokens from each place on."""
-    count = len(tokens) - width + 1
-    keys = np.zeros(count, dtype=np.uint64)
-    for place in range(width):
-        keys *= np.uint64(multiplier)
-        keys += tokens[place : place + count]
-        keys += np.uint64(1)
-    keys ^= keys >> np.uint64(32)
-    keys *= np.uint64(multiplier)
-    return keys
 
 
 def _with_company(keys: NDArray[np.uint64]) -> NDArray[np.int64]:
