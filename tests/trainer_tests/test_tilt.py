@@ -253,9 +253,11 @@ def test_a_changed_token_changes_no_loss_before_it() -> None:
         rows = torch.from_numpy(tokens.astype(np.int64))
         indices = torch.arange(6 * SEQ_LEN).view(6, SEQ_LEN)
         with torch.inference_mode():
-            return found.score(
-                model, rows[:-1].view(6, SEQ_LEN), rows[1:].view(6, SEQ_LEN), indices
-            ).flatten()
+            x_BT, y_BT = rows[:-1].view(6, SEQ_LEN), rows[1:].view(6, SEQ_LEN)
+            plain, changed = found.score(model, x_BT, y_BT, indices)
+            assert torch.allclose(plain, model(x_BT, y_BT, reduction="none"), atol=1e-5)
+            assert (plain != changed).any()
+            return changed.flatten()
 
     before = losses(tokens)
     for place in (1, 20, 47, 48, 90):

@@ -90,7 +90,7 @@ def evaluate(
             if tilt is None:
                 loss_BT = model(x_BT, y_BT, reduction="none")[:num_rows]
             else:
-                loss_BT = tilt.score(model, x_BT, y_BT, indices_BT)
+                _, loss_BT = tilt.score(model, x_BT, y_BT, indices_BT)
             if cache is not None:
                 loss_BT = cache.mix(loss_BT, indices_BT)
             bytes_BT = count_bytes(x_BT[:num_rows], y_BT[:num_rows], indices_BT)

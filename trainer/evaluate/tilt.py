@@ -76,14 +76,18 @@ class Tilt:
         hints = self.hints[indices.clamp(max=last)].long()
         return torch.where(indices <= last, hints, NO_HINT)
 
-    def score(self, model: LossModel, x_BT: Tensor, y_BT: Tensor, indices: Tensor) -> Tensor:
-        """Tilted nats, fp64, of the targets with these indices, [rows that hold a window, T]: one
-        forward pass. The rows are the first ones of x_BT and y_BT."""
+    def score(
+        self, model: LossModel, x_BT: Tensor, y_BT: Tensor, indices: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Nats as the model gives them, from which an evaluation that trains may learn, and tilted
+        nats, fp64, which count; of the targets with these indices, [rows that hold a window, T], in
+        one forward pass. Those rows are the first ones of x_BT and y_BT."""
         num_rows, hints = len(indices), self.of_targets(indices)
         pairs_BT2 = torch.stack([y_BT, y_BT], dim=-1)
         pairs_BT2[:num_rows, :, 1] = hints.clamp(min=0)
         nats = model(x_BT, pairs_BT2, reduction="none")[:num_rows]
-        return tilted(nats[..., 0], nats[..., 1], y_BT[:num_rows], hints, self.beta)
+        plain = nats[..., 0]
+        return plain, tilted(plain, nats[..., 1], y_BT[:num_rows], hints, self.beta)
 
 
 def tilted(loss: Tensor, hint_loss: Tensor, targets: Tensor, hints: Tensor, beta: float) -> Tensor:
