@@ -19,6 +19,7 @@ from torch import Tensor
 from trainer.calibrate import calibrate
 from trainer.clock import BudgetClock, Gate
 from trainer.config import TrainConfig
+from trainer.config.row_schedule import row_stages
 from trainer.distributed import Group, join_group
 from trainer.evaluate.bits_per_byte import EvalResult
 from trainer.evaluate.bits_per_byte import prime as prime_evaluation
@@ -114,10 +115,11 @@ class Run:
             optimizer_state = self.optimizer.state_dict()
             position = self.work.loader.state_dict()
             pacer = StepPacer(self.work.group.device)
-            for step in range(self.config.runtime.prime_steps):
-                started = self.clock.now()
-                pacer.launched(self._step(step, 0.0))
-                pacer.drain()
+            for stage in row_stages(self.config.data):
+                for step in range(self.config.runtime.prime_steps):
+                    started = self.clock.now()
+                    pacer.launched(self._step(step, stage.start))
+                    pacer.drain()
             self.clock.expect_step(self.clock.now() - started)
             if self.config.quantize.method == "gptq":
                 calibrate(
@@ -134,7 +136,7 @@ class Run:
         """One optimiser step; returns the mean training loss over all workers, on the device."""
         if self.work.model.objective is not None:
             self.work.model.objective.set_progress(progress)
-        micro_batches = self.work.loader.next_step()
+        micro_batches = self.work.loader.next_step(progress)
         total = torch.zeros((), device=self.work.group.device)
         with self.aware.weights(progress):
             divisors = self.work.loader.divisors
