@@ -48,6 +48,12 @@ def prepare(
             "--val-text", metavar="TEXT", help="Validation text; default: 5 % of the documents."
         ),
     ] = None,
+    val_docs: Annotated[
+        int,
+        typer.Option(
+            "--val-docs", min=0, help="Hold out the first N documents; the challenge's 50000."
+        ),
+    ] = 0,
     name: Annotated[str, typer.Option("--name", help="First part of the files' names.")] = "corpus",
     case_ops: Annotated[
         bool,
@@ -71,6 +77,7 @@ def prepare(
             progress=progress,
             val_texts=val_texts or (),
             name=name,
+            val_docs=val_docs,
             case_ops=case_ops,
         )
     _warn_of_overlap(out)

@@ -221,6 +221,20 @@ def test_the_command_makes_the_same_data(
     assert made["digest"] == Dataset.open(folders[0]).digest
 
 
+def test_the_first_documents_are_held_out_where_asked(
+    folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    together = str(write_plain(tmp_path / "all.txt", VAL + DOCUMENTS))
+    size = ["--vocab-size", str(VOCAB_SIZE), "--caseops"]
+    options = ["--out", str(tmp_path / "out"), "--val-docs", str(len(VAL))]
+    assert main(["data", "prepare", together, *size, *options, "--json"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert made["digest"] == Dataset.open(folders[0]).digest
+    options = ["--out", str(tmp_path / "none"), "--val-docs", "3", "--val-text", together]
+    assert main(["data", "prepare", together, *size, *options]) == 1
+    assert "were both asked for; give one" in capsys.readouterr().err
+
+
 def test_published_data_comes_with_its_side_car(
     hub: Hub,  # noqa: F811
     folders: tuple[Path, Path],
