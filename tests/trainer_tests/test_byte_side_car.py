@@ -19,6 +19,7 @@ from tests.trainer_tests.small_data import UNICODE_TEXT, VOCAB_SIZE, write_token
 from tests.trainer_tests.test_fetch import REPOSITORY, Hub, hub, run_fetch  # noqa: F401
 from tests.trainer_tests.test_prepare import DOCUMENTS, decoded, write_plain
 from trainer.config import EvaluateConfig
+from trainer.data.byte_side_car import original_bytes_counter
 from trainer.data.byte_table import ByteTable
 from trainer.data.case_marks import MARKS, case_mark_ids, decode_case
 from trainer.data.dataset import Dataset
@@ -107,6 +108,19 @@ def test_every_token_has_its_own_bytes(folders: tuple[Path, Path]) -> None:
             expected = len(text.encode())
         assert count == expected, piece
         previous = token
+
+
+def test_tokens_that_no_text_gives_follow_the_rules_too(folders: tuple[Path, Path]) -> None:
+    dataset = Dataset.open(folders[0])
+    tokenizer = load_tokenizer(dataset.tokenizer_path)
+    title, _, _, escape = case_mark_ids(tokenizer)
+    pieces = {tokenizer.id_to_piece(token): token for token in range(VOCAB_SIZE)}
+    word = next(piece for piece in pieces if piece[0] == "\u2581" and piece[1:].isascii())
+    spaced, length = pieces[word], len(word)
+    tokens = [1, spaced, spaced, title, spaced, escape, escape, spaced, escape, escape, title, 3]
+    expected = [0, length - 1, length, 0, length, 0, 3, length, 0, 3, 0, 0]
+    count = original_bytes_counter(dataset.tokenizer_path)
+    assert count(np.array([*tokens, spaced], dtype=np.uint16)).tolist() == [*expected, length - 1]
 
 
 def test_tokens_decode_to_the_normalised_original(folders: tuple[Path, Path]) -> None:
