@@ -31,7 +31,7 @@ from trainer.data.dataset import Dataset
 from trainer.distributed import Group
 from trainer.evaluate.ngram_cache import NgramCache
 from trainer.evaluate.target_bytes import target_bytes
-from trainer.evaluate.tilt import Tilt
+from trainer.evaluate.tilt import Tilt, as_scored
 from trainer.evaluate.windows import Windows, plan_windows
 
 Progress = Callable[[int, int], None]
@@ -123,4 +123,4 @@ def prime(model: LossModel, dataset: Dataset, config: EvaluateConfig, group: Gro
         x_BT, y_BT, _ = windows.rows(windows.padded(tokens), 0, group.device)
         model(x_BT, y_BT, reduction="none")
         if config.tilt_beta > 0:
-            model(x_BT, torch.stack([y_BT, y_BT], dim=-1), reduction="none")
+            model(x_BT, as_scored(y_BT, config), reduction="none")

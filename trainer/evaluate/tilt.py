@@ -86,8 +86,14 @@ class Tilt:
         pairs_BT2 = torch.stack([y_BT, y_BT], dim=-1)
         pairs_BT2[:num_rows, :, 1] = hints.clamp(min=0)
         nats = model(x_BT, pairs_BT2, reduction="none")[:num_rows]
-        plain = nats[..., 0]
-        return plain, tilted(plain, nats[..., 1], y_BT[:num_rows], hints, self.beta)
+        fixed = nats.detach()
+        changed = tilted(fixed[..., 0], fixed[..., 1], y_BT[:num_rows], hints, self.beta)
+        return nats[..., 0], changed
+
+
+def as_scored(y_BT: Tensor, config: EvaluateConfig) -> Tensor:
+    """Targets in the shape in which the score's forward passes have them, for priming."""
+    return torch.stack([y_BT, y_BT], dim=-1) if config.tilt_beta > 0 else y_BT
 
 
 def tilted(loss: Tensor, hint_loss: Tensor, targets: Tensor, hints: Tensor, beta: float) -> Tensor:
