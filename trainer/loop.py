@@ -21,6 +21,7 @@ from trainer.clock import BudgetClock, Gate
 from trainer.compilations import on_compilation
 from trainer.config import TrainConfig
 from trainer.config.recurrence import visits_at
+from trainer.config.row_schedule import row_stages
 from trainer.distributed import Group, join_group
 from trainer.evaluate.bits_per_byte import EvalResult
 from trainer.evaluate.bits_per_byte import prime as prime_evaluation
@@ -152,7 +153,7 @@ class Run:
         """One optimiser step; returns the mean training loss over all workers, on the device."""
         if self.work.model.objective is not None:
             self.work.model.objective.set_progress(progress)
-        micro_batches = self.work.loader.next_step()
+        micro_batches = self.work.loader.next_step(progress)
         visits = visits_at(self.config.recur_phases, progress)
         total = torch.zeros((), device=self.work.group.device)
         with self.aware.weights(progress), self.work.model.visiting(visits):
@@ -209,7 +210,8 @@ class Run:
 
     def _phase_starts(self) -> list[float]:
         """Shares of the budget from which steps run another graph."""
-        return sorted({phase.start for phase in self.config.recur_phases})
+        starts = {phase.start for phase in self.config.recur_phases}
+        return sorted(starts | {stage.start for stage in row_stages(self.config.data)})
 
     def _expect_phase(self, progress: float) -> None:
         """Tell the clock what a step of a phase that begins takes, from when it was primed: the

@@ -89,6 +89,12 @@ def mile_gamma(config: LossConfig, progress: float) -> float:
     return config.mile_gamma * max(0.0, min(rising, falling))
 
 
+def nats_of(logits_BTV: Tensor, tokens_BTK: Tensor) -> Tensor:
+    """-ln p of K tokens for each place, [B, T, K]. Compiled, [B, T, V] is never written out."""
+    log_z_BT1 = torch.logsumexp(logits_BTV, dim=-1, keepdim=True)
+    return log_z_BT1 - logits_BTV.gather(-1, tokens_BTK)
+
+
 def loss_and_entropy(logits_BTV: Tensor, targets_BT: Tensor) -> tuple[Tensor, Tensor]:
     """Cross-entropy of each target and entropy of each prediction (no gradient), nats, [B, T]."""
     log_p_BTV = torch.log_softmax(logits_BTV, dim=-1)

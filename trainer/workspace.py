@@ -17,6 +17,7 @@ from trainer.config import EvaluateConfig, TrainConfig
 from trainer.data.byte_table import ByteTable
 from trainer.data.dataset import Dataset
 from trainer.data.loader import TrainLoader
+from trainer.data.overlap import check_overlap
 from trainer.distributed import Group
 from trainer.evaluate.bits_per_byte import EvalResult, evaluate
 from trainer.loss import build_objective
@@ -52,6 +53,7 @@ class Workspace:
         with timer.phase("build"):
             dataset = Dataset.open(config.data.dir, config.model.vocab_size)
             dataset.check_scored_tokens(config.evaluate.seq_len, config.data.val_tokens)
+            check_overlap(dataset, config.data.max_overlap)
             check_calibration(config, dataset)
             byte_table = ByteTable.from_tokenizer(dataset.tokenizer_path, config.model.vocab_size)
             torch.manual_seed(config.runtime.seed)

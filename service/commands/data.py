@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from service.commands.progress import StageProgress
-from service.commands.terminal import JsonFlag, output, print_json
+from service.commands.terminal import JsonFlag, output, print_json, warn
 from service.errors import UsageError
 from trainer.config import TrainConfig
 
@@ -48,7 +48,17 @@ def prepare(
             "--val-text", metavar="TEXT", help="Validation text; default: 5 % of the documents."
         ),
     ] = None,
+    val_docs: Annotated[
+        int,
+        typer.Option(
+            "--val-docs", min=0, help="Hold out the first N documents; the challenge's 50000."
+        ),
+    ] = 0,
     name: Annotated[str, typer.Option("--name", help="First part of the files' names.")] = "corpus",
+    case_ops: Annotated[
+        bool,
+        typer.Option("--caseops", help="Spell capitals as marks before lower-case words (#1729)."),
+    ] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Turn text into a tokenizer and shards in the challenge's format."""
@@ -67,7 +77,10 @@ def prepare(
             progress=progress,
             val_texts=val_texts or (),
             name=name,
+            val_docs=val_docs,
+            case_ops=case_ops,
         )
+    _warn_of_overlap(out)
     _show(made, as_json)
 
 
@@ -97,6 +110,7 @@ def fetch(
             root if root is not None else published.ROOT,
             progress,
         )
+    _warn_of_overlap(out)
     _show(made, as_json)
 
 
@@ -137,6 +151,15 @@ def _check_vocabulary(data: Path, vocab_size: int, recipe: str) -> None:
             f"model.vocab_size = {vocab_size}; pass a data set of {vocab_size} pieces, or "
             f"--set model.vocab_size={found}"
         )
+
+
+def _warn_of_overlap(folder: Path) -> None:
+    from trainer.data.dataset import Dataset
+    from trainer.data.overlap import WORTH_A_WARNING, measure_overlap
+
+    overlap = measure_overlap(Dataset.open(folder))
+    if overlap.share > WORTH_A_WARNING:
+        warn(f"{folder}: {overlap}; scores on it mean nothing unless that is meant")
 
 
 def _show(made: dict[str, Any], as_json: bool) -> None:

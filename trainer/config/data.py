@@ -6,7 +6,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from trainer.config.base import PositiveInt, Settings, raise_together
+from trainer.config.base import Fraction, PositiveInt, Settings, raise_together
+from trainer.config.row_schedule import row_schedule_faults, row_stages
 from trainer.mix import lanes_of, mix_faults
 
 
@@ -39,15 +40,23 @@ class DataConfig(Settings):
     "document": as sequential, but a shard starts at its first document and no step leaves it."""
     train_split: Literal["train", "val", "both"] = "train"
     """Text to train on. All but "train" is illegal on the golf tracks: for replays only."""
+    seq_len_schedule: str = ""
+    """Rows that grow in the course of the run: "1024@0.1,2048@0.7,3072@1.0" is 1024 tokens until a
+    tenth of the budget is spent, and so on (#2014); the longest must be seq_len. "" = off: all rows
+    are of seq_len."""
+    max_overlap: Fraction = 1.0
+    """Largest share of the first 10 million training tokens that may also be validation text, found
+    by windows of 64 tokens before training; more is refused (#2127). 1 = off: not looked at."""
 
     @property
     def row_lengths(self) -> set[int]:
         """Tokens of the training rows, each length once."""
-        return {lane.seq_len for lane in lanes_of(self)}
+        rows = lanes_of(self) if self.mix else row_stages(self)
+        return {row.seq_len for row in rows}
 
     @model_validator(mode="after")
     def _batches_divide(self) -> Self:
-        faults = mix_faults(self)
+        faults = mix_faults(self) + row_schedule_faults(self)
         if self.mix:
             return raise_together(self, faults)
         if self.batch_tokens % self.seq_len:

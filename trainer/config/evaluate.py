@@ -46,6 +46,14 @@ class EvaluateConfig(Settings):
     ngram_never_lower: bool = False
     """Take the cache only where it helps, max(p, p'), as #675 did."""
 
+    tilt_beta: Annotated[float, Field(ge=0)] = 0.0
+    """Nats by which the logit of an n-gram's hint is raised, before the distribution is normalised
+    again (#2135 2.625, #1514 2.0); 0 = off."""
+    tilt_order: Annotated[int, Field(ge=2)] = 16
+    """Tokens of that n-gram: tilt_order - 1 of context, and the hint."""
+    tilt_threshold: Fraction = 0.8
+    """Least share of the hint among what followed the context before."""
+
     @model_validator(mode="after")
     def _every_target_is_scored(self) -> Self:
         faults = []
@@ -53,6 +61,11 @@ class EvaluateConfig(Settings):
             faults.append(
                 f"evaluate.stride = {self.stride} is above evaluate.seq_len = {self.seq_len}: "
                 "targets between windows would not be scored; lower it, or 0 for plain rows"
+            )
+        if self.tilt_beta > 0 and self.ngram_weight > 0:
+            faults.append(
+                f"evaluate.tilt_beta = {self.tilt_beta:g} and evaluate.ngram_weight = "
+                f"{self.ngram_weight:g} are two ways to use n-grams; set one of them to 0"
             )
         return raise_together(self, faults)
 
@@ -63,9 +76,12 @@ class EvaluateConfig(Settings):
             "sliding": self.stride > 0,
             "naive_ttt": self.naive_ttt_epochs > 0,
             "ngram": self.ngram_weight > 0,
+            "tilt": self.tilt_beta > 0,
         }
         return "+".join(name for name, is_on in parts.items() if is_on) or "quantized"
 
     def plain(self) -> EvaluateConfig:
         """The same rows without anything that adds to a plain forward pass: for diagnostics."""
-        return self.model_copy(update={"stride": 0, "naive_ttt_epochs": 0, "ngram_weight": 0.0})
+        return self.model_copy(
+            update={"stride": 0, "naive_ttt_epochs": 0, "ngram_weight": 0.0, "tilt_beta": 0.0}
+        )

@@ -9,13 +9,16 @@ from pathlib import Path
 
 import numpy as np
 
+from trainer.data.byte_side_car import check_aligned, check_side_car
+from trainer.data.case_marks import case_mark_ids
 from trainer.data.manifest import current_manifest
 from trainer.data.shards import Split, Tokens, open_shard
 from trainer.data.tokenizer import load_tokenizer
 from trainer.errors import DataError
 
-SHARD_NAME = re.compile(r"_(train|val)_\d+\.bin$")
-"""Digits right after the split: `fineweb_val_bytes_000000.bin` is a byte sidecar, not a shard."""
+SHARD_NAME = re.compile(r"_(train|val|val_bytes)_\d+\.bin$")
+"""Digits right after the split: `fineweb_val_bytes_000000.bin` is a byte side-car and no shard,
+though a pattern such as `fineweb_val_*` takes it for one."""
 VARIANT_NAME = re.compile(r"_sp(\d+)(?!\d)")
 """Published folders name their vocabulary, as in fineweb10B_sp1024."""
 
@@ -35,6 +38,8 @@ class Dataset:
     val_tokens: int
     digest: str
     """16 hex digits of the content: equal digests, equal data."""
+    val_byte_shards: tuple[Path, ...] = ()
+    """Byte side-car, one file for each of val_shards; only data of a CaseOps tokenizer has one."""
 
     @classmethod
     def open(cls, dir: str | Path, vocab_size: int | None = None) -> Dataset:
@@ -48,16 +53,23 @@ class Dataset:
         Raises DataError that names the file, what was found, what was expected and what to do.
         """
         folder = Path(dir)
-        shards = _find_shards(folder)
+        shards, val_byte_shards = _find_shards(folder)
         tokenizer_path = _find_tokenizer(folder, vocab_size)
-        num_pieces = load_tokenizer(tokenizer_path).vocab_size()
+        tokenizer = load_tokenizer(tokenizer_path)
+        num_pieces = tokenizer.vocab_size()
         if vocab_size is not None and vocab_size != num_pieces:
             raise DataError(
                 f"the recipe's model.vocab_size = {vocab_size}, but the data in {folder} has "
                 f"{num_pieces} pieces ({tokenizer_path.name}); add "
                 f"--set model.vocab_size={num_pieces}, or give data of {vocab_size} pieces"
             )
-        manifest = current_manifest(folder, shards, tokenizer_path, num_pieces)
+        if case_mark_ids(tokenizer):
+            check_side_car(folder, shards["val"], val_byte_shards)
+        else:
+            val_byte_shards = []  # the tokenizer's table counts
+        manifest = current_manifest(
+            folder, shards, tokenizer_path, num_pieces, val_bytes=val_byte_shards
+        )
         return cls(
             dir=folder,
             vocab_size=num_pieces,
@@ -67,11 +79,21 @@ class Dataset:
             train_tokens=manifest.num_tokens("train"),
             val_tokens=manifest.num_tokens("val"),
             digest=manifest.digest,
+            val_byte_shards=tuple(val_byte_shards),
         )
 
     def read_val(self) -> Tokens:
         """All validation tokens in name order, in memory."""
         return np.concatenate([open_shard(path) for path in self.val_shards])
+
+    def read_val_bytes(self) -> Tokens | None:
+        """Bytes of original text of every validation token, from the side-car; None without one.
+        Raises DataError when it does not belong to the tokens."""
+        if not self.val_byte_shards:
+            return None
+        num_bytes = np.concatenate([open_shard(path) for path in self.val_byte_shards])
+        check_aligned(self.dir, self.read_val(), num_bytes)
+        return num_bytes
 
     def num_scored_tokens(self, seq_len: int) -> int:
         """Validation tokens that evaluation in rows of `seq_len` scores: whole rows only, and the
@@ -95,23 +117,25 @@ class Dataset:
             )
 
 
-def _find_shards(folder: Path) -> dict[Split, list[Path]]:
+def _find_shards(folder: Path) -> tuple[dict[Split, list[Path]], list[Path]]:
+    """Shards by split, and the files of the byte side-car."""
     if not folder.is_dir():
         raise DataError(
             f"{folder}: no such data folder; make one with `caddie data demo --out {folder}` or "
             "`caddie data prepare`, or correct --data"
         )
-    shards: dict[Split, list[Path]] = {"train": [], "val": []}
+    found: dict[str, list[Path]] = {"train": [], "val": [], "val_bytes": []}
     for path in sorted(folder.iterdir()):
         if match := SHARD_NAME.search(path.name):
-            shards["train" if match[1] == "train" else "val"].append(path)
+            found[match[1]].append(path)
+    shards: dict[Split, list[Path]] = {"train": found["train"], "val": found["val"]}
     for split, paths in shards.items():
         if not paths:
             raise DataError(
                 f"{folder}: has no shard named *_{split}_000000.bin; give a folder made by "
                 "`caddie data demo`, `prepare` or `fetch`"
             )
-    return shards
+    return shards, found["val_bytes"]
 
 
 def _find_tokenizer(folder: Path, vocab_size: int | None) -> Path:

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import sentencepiece
 
+from trainer.data.byte_side_car import original_bytes_counter
+from trainer.data.case_marks import case_mark_ids, encode_case
 from trainer.data.documents import BOS_ID
 from trainer.data.manifest import FILE_NAME, Manifest, current_manifest
 from trainer.data.shards import MAX_VOCAB_SIZE, ShardWriter, Split, Tokens
@@ -48,8 +50,9 @@ def write_dataset(
     name: str,
 ) -> Manifest:
     """Encode labelled documents into shards in `folder`, which holds the tokenizer already, and
-    write the manifest. Raises DataError when a split gets no token or the vocabulary is not the
-    tokenizer's."""
+    write the manifest. With a CaseOps tokenizer, capitals become marks first, and the validation
+    shards get a byte side-car. Raises DataError when a split gets no token or the vocabulary is not
+    the tokenizer's."""
     tokenizer = load_tokenizer(model)
     if tokenizer.vocab_size() != vocab_size or vocab_size > MAX_VOCAB_SIZE:
         raise DataError(
@@ -57,13 +60,20 @@ def write_dataset(
             f"{MAX_VOCAB_SIZE}); ask for --vocab-size {tokenizer.vocab_size()} or give another "
             "tokenizer"
         )
+    byte_writer: ShardWriter | None = None
     with ExitStack() as stack:
         writers: dict[Split, ShardWriter] = {
             split: stack.enter_context(ShardWriter(folder, name, split))
             for split in ("train", "val")
         }
+        if case_mark_ids(tokenizer):
+            documents = ((split, encode_case(text)) for split, text in documents)
+            byte_writer = stack.enter_context(ShardWriter(folder, name, "val_bytes"))
+            count_bytes = original_bytes_counter(model)
         for split, tokens in encode_documents(tokenizer, documents):
             writers[split].append(tokens)
+            if byte_writer is not None and split == "val":
+                byte_writer.append(count_bytes(tokens))
     for split, writer in writers.items():
         if writer.num_tokens == 0:
             raise DataError(
@@ -71,7 +81,8 @@ def write_dataset(
                 "them by NUL bytes), or validation texts of their own"
             )
     shards: dict[Split, list[Path]] = {split: writer.paths for split, writer in writers.items()}
-    manifest = current_manifest(folder, shards, model, vocab_size, source)
+    val_bytes = byte_writer.paths if byte_writer is not None else []
+    manifest = current_manifest(folder, shards, model, vocab_size, source, val_bytes)
     if not (folder / FILE_NAME).is_file():
         raise DataError(f"{folder}: {FILE_NAME} could not be written; free space and try again")
     return manifest

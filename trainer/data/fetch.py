@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from trainer.data.build_folder import build_folder, sole_maker
+from trainer.data.case_marks import case_mark_ids
 from trainer.data.dataset import Dataset
 from trainer.data.encode import Progress, describe_dataset
 from trainer.data.manifest import read_manifest
 from trainer.data.shards import num_tokens
+from trainer.data.tokenizer import load_tokenizer
 from trainer.errors import DataError
 
 REPOSITORY = "willdepueoai/parameter-golf"
@@ -28,6 +30,10 @@ SCORED_TOKENS: Mapping[tuple[str, str], tuple[int, int]] = {
     (REPOSITORY, "sp1024"): (1024, 62_021_632),
     ("kevclark/parameter-golf", "sp4096"): (2048, 45_508_608),
     ("kevclark/parameter-golf", "sp8192"): (2048, 40_540_160),
+    ("romeerp/parameter-golf-caseops-v1", "sp8192_lossless_caps_caseops_v1_reserved"): (
+        2048,
+        47_851_520,
+    ),
 }
 """(repository, variant) -> (row length, validation tokens scored at it), as the published logs have
 them. A truncated validation shard once went unnoticed in published runs."""
@@ -41,7 +47,8 @@ def fetch(
     root: str = ROOT,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Download a variant into the folder `out`, all validation shards and the tokenizer included.
+    """Download a variant into the folder `out`, all validation shards and the tokenizer included,
+    and the byte side-car when the tokenizer is a CaseOps one.
 
     Args:
         variant: such as "sp1024": the data set fineweb10B_<variant> of the manifest.
@@ -67,13 +74,25 @@ def fetch(
             _place(_download(repository, path), folder / path.rsplit("/", 1)[-1])
             if progress is not None:
                 progress("download", done, len(remote))
+        _place_side_car(repository, remote, folder)
         _check_counts(variant, folder, names, stats)
         dataset = Dataset.open(folder)
+        dataset.read_val_bytes()
         if scored := SCORED_TOKENS.get((repository, variant)):
             dataset.check_scored_tokens(*scored)
         made = read_manifest(folder)
     assert made is not None
     return describe_dataset(out, made)
+
+
+def _place_side_car(repository: str, remote: list[str], folder: Path) -> None:
+    """`remote`: the shards, then the tokenizer."""
+    if not case_mark_ids(load_tokenizer(folder / remote[-1].rsplit("/", 1)[-1])):
+        return
+    for folder_name, _, name in (path.rpartition("/") for path in remote[:-1]):
+        if "_val_" in name:
+            name = name.replace("_val_", "_val_bytes_")
+            _place(_download(repository, f"{folder_name}/{name}"), folder / name)
 
 
 def _read_remote_manifest(repository: str, root: str) -> dict[str, Any]:

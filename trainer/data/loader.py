@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from trainer.config import TrainConfig
+from trainer.config.row_schedule import RowStage, row_len_at, row_stages
 from trainer.data.dataset import Dataset
 from trainer.data.row_order import CONTIGUOUS, ROW_ORDERS, LanePlace, RowOrder
 from trainer.data.stream import TokenStream
@@ -113,6 +114,7 @@ class TrainLoader:
         loader: str = "sequential",
         split: str = "train",
         seed: int = 0,
+        stages: tuple[RowStage, ...] = (),
     ) -> None:
         """
         Args:
@@ -121,6 +123,7 @@ class TrainLoader:
             loader: key of ROW_ORDERS.
             split: "train", "val" or "both".
             seed: of random orders.
+            stages: of data.seq_len_schedule; () = rows do not change.
         """
         shards = {"train": dataset.train_shards, "val": dataset.val_shards}
         stream = TokenStream(shards.get(split) or [*dataset.train_shards, *dataset.val_shards])
@@ -145,6 +148,8 @@ class TrainLoader:
             share = share_of_batch(seq_len, batch_tokens, micro_batch_tokens, rank, world_size)
             place = LanePlace((Lane(seq_len, batch_tokens // seq_len),), 0, seed)
             self._pieces = [self._piece(place, share, share.num_rows // share.micro_rows)]
+            _check_stages(stages, share.micro_rows * seq_len)
+        self._stages = stages
         self._prefetch = _Prefetch(device) if device.type == "cuda" else None
 
     @classmethod
@@ -167,6 +172,7 @@ class TrainLoader:
             loader=data.loader,
             split=data.train_split,
             seed=config.runtime.seed,
+            stages=row_stages(data) if data.seq_len_schedule else (),
         )
 
     def _lane_piece(
@@ -201,15 +207,20 @@ class TrainLoader:
         """Passes over the training set so far."""
         return self._position / self._stream.num_tokens
 
-    def next_step(self) -> MicroBatches:
-        """This rank's micro batches for one optimiser step, and move on."""
+    def next_step(self, progress: float = 1.0) -> MicroBatches:
+        """This rank's micro batches for one optimiser step, and move on.
+
+        Args:
+            progress: share of the budget that is spent, which says how long rows are now.
+        """
+        seq_len = row_len_at(self._stages, progress) if self._stages else 0
         position = self._position
         self._position += self._batch_tokens
         if self._prefetch is None:
-            return self._split(torch.from_numpy(self._read(position)))
+            return self._split(torch.from_numpy(self._read(position)), seq_len)
         tokens = self._prefetch.take(position, self._read)
         self._prefetch.start(self._position, self._read)
-        return self._split(tokens)
+        return self._split(tokens, seq_len)
 
     def state_dict(self) -> dict[str, Any]:
         """The position of the next step, in tokens from the start of the first epoch."""
@@ -248,18 +259,32 @@ class TrainLoader:
         rows = [self._stream.read(int(start), length + 1) for start in starts]
         return np.concatenate(rows).astype(np.int64)
 
-    def _split(self, tokens: Tensor) -> MicroBatches:
+    def _split(self, tokens: Tensor, seq_len: int) -> MicroBatches:
+        """`seq_len`: of the present stage, which only contiguous rows may differ in; 0 = their
+        own."""
         micro_batches: MicroBatches = []
         sizes = [piece.num_values for piece in self._pieces]
         for piece, part in zip(self._pieces, torch.split(tokens, sizes), strict=True):
             shape = (-1, piece.share.micro_rows, piece.seq_len)
             if piece.contiguous:
+                if seq_len:
+                    shape = (-1, shape[1] * shape[2] // seq_len, seq_len)
                 x, y = part[:-1].view(shape), part[1:].view(shape)
             else:
                 rows = part.view(-1, piece.seq_len + 1)
                 x, y = rows[:, :-1].reshape(shape), rows[:, 1:].reshape(shape)
             micro_batches += zip(x, y, strict=True)
         return micro_batches
+
+
+def _check_stages(stages: tuple[RowStage, ...], micro_tokens: int) -> None:
+    bad = sorted({stage.seq_len for stage in stages if micro_tokens % stage.seq_len})
+    if bad:
+        raise ConfigError(
+            f"a worker's micro batch has {micro_tokens} tokens here, which rows of "
+            f"{', '.join(map(str, bad))} tokens in data.seq_len_schedule do not divide; choose "
+            "data.batch_tokens and data.micro_batch_tokens so that they do"
+        )
 
 
 class _Prefetch:

@@ -18,7 +18,14 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from trainer.data.shards import SCAN_TOKENS, Split, check_range, num_tokens, open_shard
+from trainer.data.shards import (
+    MAX_VOCAB_SIZE,
+    SCAN_TOKENS,
+    Split,
+    check_range,
+    num_tokens,
+    open_shard,
+)
 from trainer.errors import DataError
 
 FILE_NAME = "dataset.json"
@@ -50,14 +57,18 @@ class Manifest(BaseModel):
     tokenizer_sha256: str
     shards: tuple[ShardEntry, ...]
     """Training shards in name order, then validation shards in name order."""
+    val_bytes: tuple[ShardEntry, ...] = ()
+    """Byte side-car of the validation shards, where the data has one; max_token is in bytes."""
     source: dict[str, Any] = {}
     """How the data was made; free text for people, and the key of the embedded corpus."""
 
     @property
     def digest(self) -> str:
-        """16 hex digits that name the content: tokenizer and shards in order, not their names."""
+        """16 hex digits that name the content: tokenizer, shards and side-car in order, not their
+        names."""
         parts = [self.tokenizer_sha256]
         parts += [f"{entry.split} {entry.sha256}" for entry in self.shards]
+        parts += [f"val_bytes {entry.sha256}" for entry in self.val_bytes]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
     def num_tokens(self, split: Split) -> int:
@@ -99,6 +110,7 @@ def current_manifest(
     tokenizer: Path,
     vocab_size: int,
     source: dict[str, Any] | None = None,
+    val_bytes: Sequence[Path] = (),
 ) -> Manifest:
     """The manifest of these files, reading only what the folder's own does not vouch for, and
     brought up to date on disk where the folder allows it.
@@ -107,16 +119,19 @@ def current_manifest(
     the folder's manifest describes.
     """
     known = read_manifest(folder)
-    entries = {entry.name: entry for entry in known.shards} if known else {}
+    entries = {entry.name: entry for entry in _all_entries(known)} if known else {}
     paths = [(split, path) for split in shards for path in shards[split]]
     if known:
-        _check_names(folder, known, [path.name for _, path in paths])
+        _check_names(folder, known, [path.name for _, path in paths] + [p.name for p in val_bytes])
     manifest = Manifest(
         vocab_size=vocab_size,
         tokenizer_name=tokenizer.name,
         tokenizer_sha256=file_sha256(tokenizer),
         shards=tuple(
             _entry(path, split, vocab_size, entries.get(path.name)) for split, path in paths
+        ),
+        val_bytes=tuple(
+            _entry(path, "val", MAX_VOCAB_SIZE, entries.get(path.name)) for path in val_bytes
         ),
         source=(source if source is not None else known.source if known else {}),
     )
@@ -155,8 +170,12 @@ def _entry(path: Path, split: Split, vocab_size: int, known: ShardEntry | None) 
     return entry
 
 
+def _all_entries(known: Manifest) -> tuple[ShardEntry, ...]:
+    return known.shards + known.val_bytes
+
+
 def _check_names(folder: Path, known: Manifest, names: list[str]) -> None:
-    expected = [entry.name for entry in known.shards]
+    expected = [entry.name for entry in _all_entries(known)]
     missing = sorted(set(expected) - set(names))
     foreign = sorted(set(names) - set(expected))
     if missing or foreign:

@@ -1,6 +1,7 @@
 """Text to a data folder: tokenizer, training and validation shards, manifest.
 
-Every document becomes BOS and its tokens, without an end mark. The result depends on the texts and
+Every document becomes BOS and its tokens, without an end mark. With CaseOps, validation shards get
+a byte side-car (trainer/data/byte_side_car.py). The result depends on the texts and
 the arguments only: the same call gives the same bytes.
 
 The tokenizer normalises text before it cuts it (nmt_nfkc: compatibility characters folded, every
@@ -12,13 +13,14 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from trainer.data.build_folder import build_folder, sole_maker
+from trainer.data.case_marks import MARKS, case_mark_ids, encode_case
 from trainer.data.encode import (
     LabelledDocument,
     Progress,
@@ -43,7 +45,9 @@ def prepare(
     *,
     val_texts: Sequence[Path] = (),
     val_fraction: float = VAL_FRACTION,
+    val_docs: int = 0,
     name: str = "corpus",
+    case_ops: bool = False,
 ) -> dict[str, Any]:
     """Make the data folder `out` from text files.
 
@@ -55,30 +59,52 @@ def prepare(
         progress: called as work proceeds, in bytes of the files on disk.
         val_texts: validation documents; without them a deterministic share of `texts` is held out.
         val_fraction: that share, of documents.
+        val_docs: hold out the first so many documents instead, as the challenge does (50,000).
         name: first part of the shards' file names.
+        case_ops: train a CaseOps tokenizer (trainer/data/case_marks.py). One that is given as
+            `tokenizer` says for itself what it is.
 
     Returns {dir, vocab_size, train_tokens, val_tokens, digest}. Raises DataError.
     """
     if not texts:
         raise DataError("no text files given; name at least one")
+    if val_texts and val_docs:
+        raise DataError(
+            f"validation texts and the first {val_docs} documents were both asked for; give one"
+        )
     if not 0 < val_fraction < 1:
         raise DataError(f"a validation share of {val_fraction} is not between 0 and 1")
+    hold = partial(hold_out, fraction=val_fraction)
+    if val_docs:
+        hold = partial(hold_out_first, count=val_docs)
     with sole_maker(out):
         if out.is_dir() and any(out.iterdir()):
             raise DataError(f"{out}: is not empty; choose another --out, or remove it")
         with build_folder(out) as folder:
             model = folder / (tokenizer.name if tokenizer else f"{name}_{vocab_size}_bpe.model")
             if tokenizer:
-                load_tokenizer(tokenizer)
+                _check_marks(tokenizer, case_ops)
                 shutil.copyfile(tokenizer, model)
             else:
-                labelled = _labelled(texts, val_texts, val_fraction, "tokenizer", progress)
-                train_texts = (text for split, text in labelled if split == "train")
-                train_tokenizer(sample_sentences(train_texts), vocab_size, model)
-            documents = _labelled(texts, val_texts, val_fraction, "encode", progress)
+                labelled = _labelled(texts, val_texts, hold, "tokenizer", progress)
+                train_texts: Iterator[str] = (text for split, text in labelled if split == "train")
+                if case_ops:
+                    train_texts = map(encode_case, train_texts)
+                symbols = MARKS if case_ops else ()
+                train_tokenizer(sample_sentences(train_texts), vocab_size, model, symbols)
+            documents = _labelled(texts, val_texts, hold, "encode", progress)
             source = {"kind": "text", "files": [path.name for path in (*texts, *val_texts)]}
             manifest = write_dataset(folder, documents, model, vocab_size, source, name)
     return describe_dataset(out, manifest)
+
+
+def _check_marks(tokenizer: Path, case_ops: bool) -> None:
+    has_marks = bool(case_mark_ids(load_tokenizer(tokenizer)))
+    if case_ops and not has_marks:
+        raise DataError(
+            f"{tokenizer}: lacks the marks of CaseOps (U+E001 to U+E004); give a tokenizer with "
+            "them, or none to have one trained"
+        )
 
 
 def hold_out(documents: Iterable[str], fraction: float) -> Iterator[LabelledDocument]:
@@ -106,6 +132,12 @@ def hold_out(documents: Iterable[str], fraction: float) -> Iterator[LabelledDocu
         yield _split_of(previous, fraction) if any_held else "val", previous
 
 
+def hold_out_first(documents: Iterable[str], count: int) -> Iterator[LabelledDocument]:
+    """Label the first `count` documents "val", so that the validation set is the published one."""
+    for number, text in enumerate(documents):
+        yield "val" if number < count else "train", text
+
+
 def _split_of(text: str, fraction: float) -> Split:
     number = int.from_bytes(hashlib.sha256(text.encode(errors="replace")).digest()[:8])
     return "val" if number < fraction * 2**64 else "train"
@@ -114,7 +146,7 @@ def _split_of(text: str, fraction: float) -> Split:
 def _labelled(
     texts: Sequence[Path],
     val_texts: Sequence[Path],
-    val_fraction: float,
+    hold: Callable[[Iterable[str]], Iterator[LabelledDocument]],
     stage: str,
     progress: Progress | None,
 ) -> Iterator[LabelledDocument]:
@@ -127,7 +159,7 @@ def _labelled(
 
     documents = read(texts, 0)
     if not val_texts:
-        yield from hold_out(documents, val_fraction)
+        yield from hold(documents)
         return
     yield from (("train", text) for text in documents)
     yield from (("val", text) for text in read(val_texts, len(texts)))

@@ -92,14 +92,18 @@ def check_range(path: Path, tokens: Tokens, vocab_size: int) -> None:
 
 class ShardWriter:
     """Appends tokens to STEM_SPLIT_000000.bin and following, each `tokens_per_shard` long but the
-    last.
+    last. "val_bytes" names the byte side-car of the validation shards, in the same format.
 
     A shard's header is completed when the shard is, so a file left by a crash has count 0 and is
     refused by `num_tokens`. Use as a context manager; `paths` is complete after it.
     """
 
     def __init__(
-        self, folder: Path, stem: str, split: Split, tokens_per_shard: int = TOKENS_PER_SHARD
+        self,
+        folder: Path,
+        stem: str,
+        split: Split | Literal["val_bytes"],
+        tokens_per_shard: int = TOKENS_PER_SHARD,
     ) -> None:
         self._folder = folder
         self._prefix = f"{stem}_{split}"

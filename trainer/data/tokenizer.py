@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import random
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import sentencepiece
@@ -43,13 +43,16 @@ def load_tokenizer(path: Path) -> sentencepiece.SentencePieceProcessor:
     return tokenizer
 
 
-def train_tokenizer(sentences: Iterable[str], vocab_size: int, path: Path) -> None:
+def train_tokenizer(
+    sentences: Iterable[str], vocab_size: int, path: Path, symbols: Sequence[str] = ()
+) -> None:
     """Train a BPE tokenizer with the options of the challenge and write it to `path`.
 
     The normaliser is nmt_nfkc: compatibility characters are folded, line ends and tabs become
     spaces, and runs of spaces become one. Token and byte counts then describe that normalised text.
-    The same sentences give the same file. Raises DataError when the text cannot fill the
-    vocabulary or its characters do not fit in it.
+    The same sentences give the same file. Each of `symbols` becomes a piece that is never cut or
+    joined, such as the marks of CaseOps. Raises DataError when the text cannot fill the vocabulary
+    or its characters do not fit in it.
     """
     model = io.BytesIO()
     try:
@@ -67,6 +70,7 @@ def train_tokenizer(sentences: Iterable[str], vocab_size: int, path: Path) -> No
             bos_id=1,
             eos_id=2,
             unk_id=3,
+            user_defined_symbols=list(symbols),
             hard_vocab_limit=False,
             minloglevel=2,
         )

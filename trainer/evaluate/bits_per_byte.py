@@ -1,7 +1,8 @@
 """val_bpb exactly as the challenge computes it: every validation token once, in windows of seq_len.
 
 Scored are the targets of the floor((M - 1) / T) whole rows that M validation tokens make. Losses
-are summed in fp64 and bytes counted from the tokenizer's table, over all ranks:
+are summed in fp64 and bytes counted from the tokenizer's table, or the byte side-car of CaseOps,
+over all ranks:
 
     val_loss = sum of nats / tokens        val_bpb = (val_loss / ln 2) * (tokens / bytes)
 
@@ -29,6 +30,8 @@ from trainer.data.byte_table import ByteTable
 from trainer.data.dataset import Dataset
 from trainer.distributed import Group
 from trainer.evaluate.ngram_cache import NgramCache
+from trainer.evaluate.target_bytes import target_bytes
+from trainer.evaluate.tilt import Tilt, as_scored
 from trainer.evaluate.windows import Windows, plan_windows
 
 Progress = Callable[[int, int], None]
@@ -41,7 +44,8 @@ class LossModel(Protocol):
     def __call__(
         self, tokens_BT: Tensor, targets_BT: Tensor, reduction: Literal["mean", "none"]
     ) -> Tensor:
-        """[B, T] fp32 nats of each target for reduction "none"."""
+        """[B, T] fp32 nats of each target for reduction "none"; for targets of shape [B, T, K], K
+        tokens for each place, [B, T, K]."""
         ...
 
 
@@ -74,17 +78,22 @@ def evaluate(
     dataset.check_scored_tokens(config.seq_len, expected=0)
     windows = plan_windows(dataset, config, group)
     tokens = windows.padded(dataset.read_val())
+    tilt = Tilt.of(tokens[: windows.num_targets + 1], config, group)
     cache = NgramCache.of(tokens, windows.num_targets, config, group.device)
-    table = byte_table.to(group.device)
+    count_bytes = target_bytes(dataset, byte_table, group.device)
     sums = torch.zeros(3, dtype=torch.float64, device=group.device)
     with torch.inference_mode():
         for batch in range(windows.num_batches):
             x_BT, y_BT, num_rows = windows.rows(tokens, batch, group.device)
             counted_BT = windows.counted(batch, group.device)
-            loss_BT = model(x_BT, y_BT, reduction="none")[:num_rows]
+            indices_BT = windows.targets(batch, group.device)
+            if tilt is None:
+                loss_BT = model(x_BT, y_BT, reduction="none")[:num_rows]
+            else:
+                _, loss_BT = tilt.score(model, x_BT, y_BT, indices_BT)
             if cache is not None:
-                loss_BT = cache.mix(loss_BT, windows.targets(batch, group.device))
-            bytes_BT = table.count(x_BT[:num_rows], y_BT[:num_rows])
+                loss_BT = cache.mix(loss_BT, indices_BT)
+            bytes_BT = count_bytes(x_BT[:num_rows], y_BT[:num_rows], indices_BT)
             sums[0] += torch.where(counted_BT, loss_BT.double(), 0.0).sum()
             sums[1] += counted_BT.sum()
             sums[2] += torch.where(counted_BT, bytes_BT, 0).sum()
@@ -113,3 +122,5 @@ def prime(model: LossModel, dataset: Dataset, config: EvaluateConfig, group: Gro
         # The batch must be made in here: a compiled graph is guarded by the kind of its inputs.
         x_BT, y_BT, _ = windows.rows(windows.padded(tokens), 0, group.device)
         model(x_BT, y_BT, reduction="none")
+        if config.tilt_beta > 0:
+            model(x_BT, as_scored(y_BT, config), reduction="none")

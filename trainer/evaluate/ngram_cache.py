@@ -78,8 +78,8 @@ def _shares(tokens: Tokens, config: EvaluateConfig) -> NDArray[np.float64]:
     for place in range(width):
         context = _hash(context, tokens[place : place + count])
     pair = _hash(context, tokens[width:])
-    seen = _earlier(context % buckets)
-    together = np.minimum(_earlier(pair % buckets), seen)
+    seen = count_earlier(context % buckets)
+    together = np.minimum(count_earlier(pair % buckets), seen)
     share = together / np.maximum(seen, 1)
     speaks = (seen >= config.ngram_min_count) & (share >= config.ngram_min_confidence)
     shares[width - 1 :] = np.where(speaks, share, 0.0)
@@ -92,7 +92,7 @@ def _hash(key: NDArray[np.uint64], tokens: Tokens) -> NDArray[np.uint64]:
     return mixed ^ (mixed >> np.uint64(29))
 
 
-def _earlier(keys: NDArray[np.uint64]) -> NDArray[np.int64]:
+def count_earlier(keys: NDArray[np.uint64] | NDArray[np.int64]) -> NDArray[np.int64]:
     """How often each key occurs before its place."""
     order = np.argsort(keys, kind="stable")
     ordered = keys[order]

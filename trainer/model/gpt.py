@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from trainer.attention import Attend
 from trainer.config import ModelConfig
-from trainer.loss import Objective
+from trainer.loss import Objective, nats_of
 from trainer.model.attention import Context
 from trainer.model.block import Block
 from trainer.model.embedding import BigramHash, ChannelSmear, TokenSmear, ValueTable
@@ -89,7 +89,8 @@ class GPT(nn.Module):
 
         Args:
             tokens_BT: int64 inputs, at most max_seq_len in a row.
-            targets_BT: int64 tokens to predict, the inputs moved on by one.
+            targets_BT: int64 tokens to predict, the inputs moved on by one; or with reduction
+                "none" several for each place, [B, T, K], for which nats of that shape come back.
             reduction: "objective" is the scalar that training minimises; the other two never have
                 an objective's weights on the tokens.
         """
@@ -99,6 +100,8 @@ class GPT(nn.Module):
                 objective: Tensor = self.objective(logits_BTV, targets_BT)
                 return objective
             reduction = "mean"
+        if targets_BT.dim() == 3:
+            return nats_of(logits_BTV, targets_BT)
         loss = F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), reduction=reduction)
         return loss if reduction == "mean" else loss.view_as(targets_BT)
 
