@@ -5,18 +5,25 @@ the table, so it is tested without writing a test.
 """
 
 from functools import partial
+from typing import Any
 
 from torch import Tensor
 
 from trainer.attention.base import Attend, Backend, Log
+from trainer.attention.flash4 import FLASH4
 from trainer.attention.flex import FLEX
 from trainer.attention.sdpa import SDPA
 from trainer.errors import BackendError
 
 __all__ = ["ATTENTION", "Attend", "Backend", "attend_by_window", "select_backend"]
 
-ATTENTION: dict[str, Backend] = {backend.name: backend for backend in (SDPA, FLEX)}
-"""In the order in which "auto" tries them."""
+ATTENTION: dict[str, Backend] = {backend.name: backend for backend in (SDPA, FLEX, FLASH4)}
+
+AUTO = ("sdpa", "flex")
+"""What "auto" tries in turn."""
+AUTO_FOR_WINDOWS = {"cuda": ("flex",)}
+"""What it tries before that for layers with a window, by device type, because it skips what is
+outside. A backend enters these where it was measured to win (benchmarks/windows.py)."""
 
 
 def select_backend(name: str, device_type: str, log: Log, windowed: bool = False) -> Attend:
@@ -43,7 +50,7 @@ def select_backend(name: str, device_type: str, log: Log, windowed: bool = False
 
 
 def _first_that_runs(device_type: str, log: Log) -> Attend:
-    for backend in ATTENTION.values():
+    for backend in (ATTENTION[name] for name in AUTO):
         fault = backend.fault(device_type)
         if fault is None:
             log(f"attention: auto takes {backend.name} on {device_type}")
@@ -53,14 +60,13 @@ def _first_that_runs(device_type: str, log: Log) -> Attend:
 
 
 def _with_fast_windows(full: Attend, device_type: str, log: Log) -> Attend:
-    if device_type != "cuda":
-        return full
-    fault = FLEX.fault(device_type)
-    if fault is not None:
-        log(f"attention: auto cannot take flex for windows, so they save no time: {fault}")
-        return full
-    log("attention: auto takes flex for layers with a window")
-    return partial(attend_by_window, full, FLEX.build(device_type, log))
+    for backend in (ATTENTION[name] for name in AUTO_FOR_WINDOWS.get(device_type, ())):
+        fault = backend.fault(device_type)
+        if fault is None:
+            log(f"attention: auto takes {backend.name} for layers with a window")
+            return partial(attend_by_window, full, backend.build(device_type, log))
+        log(f"attention: auto cannot take {backend.name}, which skips what is outside: {fault}")
+    return full
 
 
 def attend_by_window(
@@ -72,8 +78,9 @@ def attend_by_window(
     /,
     *,
     window: int | None = None,
+    **options: Any,
 ) -> Tensor:
     """One backend for full attention, another for windows. A layer's window is fixed, so a compiled
     model holds no branch."""
     attend = full if window is None else windowed
-    return attend(q_BTHD, k_BTGD, v_BTGD, window=window)
+    return attend(q_BTHD, k_BTGD, v_BTGD, window=window, **options)
