@@ -95,7 +95,11 @@ def build_model(config: TrainConfig, group: Group, log: Callable[[str], None]) -
     attention backend of runtime.attention cannot run here.
     """
     attend = select_backend(
-        config.runtime.attention, group.device.type, log, windowed=config.model.window > 0
+        config.runtime.attention,
+        group.device.type,
+        log,
+        windowed=config.model.window > 0,
+        documents=config.model.document_attention,
     )
     row_lengths = config.data.row_lengths | {config.evaluate.seq_len}
     model = GPT(config.model, attend, max(row_lengths), row_lengths)

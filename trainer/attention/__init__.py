@@ -10,23 +10,29 @@ from typing import Any
 from torch import Tensor
 
 from trainer.attention.base import Attend, Backend, Log
+from trainer.attention.documents import Documents
 from trainer.attention.flash4 import FLASH4
 from trainer.attention.flex import FLEX
 from trainer.attention.sdpa import SDPA
+from trainer.attention.varlen import VARLEN
 from trainer.errors import BackendError
 
-__all__ = ["ATTENTION", "Attend", "Backend", "attend_by_window", "select_backend"]
+__all__ = ["ATTENTION", "Attend", "Backend", "Documents", "attend_by_window", "select_backend"]
 
-ATTENTION: dict[str, Backend] = {backend.name: backend for backend in (SDPA, FLEX, FLASH4)}
+ATTENTION: dict[str, Backend] = {backend.name: backend for backend in (SDPA, FLEX, FLASH4, VARLEN)}
 
 AUTO = ("sdpa", "flex")
 """What "auto" tries in turn."""
+AUTO_FOR_DOCUMENTS = {"cuda": ("flex",)}
+"""What it tries before that where documents are apart, by device type."""
 AUTO_FOR_WINDOWS = {"cuda": ("flex",)}
 """What it tries before that for layers with a window, by device type, because it skips what is
 outside. A backend enters these where it was measured to win (benchmarks/windows.py)."""
 
 
-def select_backend(name: str, device_type: str, log: Log, windowed: bool = False) -> Attend:
+def select_backend(
+    name: str, device_type: str, log: Log, windowed: bool = False, documents: bool = False
+) -> Attend:
     """The attention function for "auto" or a name of the table.
 
     Args:
@@ -34,11 +40,14 @@ def select_backend(name: str, device_type: str, log: Log, windowed: bool = False
         log: told what "auto" took and what it passed over.
         windowed: some layers will ask for a window. On cuda "auto" then serves them with flex,
             which skips what is outside, where sdpa computes everything under a mask.
+        documents: it will be called with documents. On cuda "auto" then takes flex throughout, for
+            the same reason.
     Raises:
         BackendError: the named backend is unknown or cannot run here; says what to do.
     """
     if name == "auto":
-        full = _first_that_runs(device_type, log)
+        apart = AUTO_FOR_DOCUMENTS.get(device_type, ()) if documents else ()
+        full = _first_that_runs((*apart, *AUTO), device_type, log)
         return _with_fast_windows(full, device_type, log) if windowed else full
     if name not in ATTENTION:
         known = ", ".join(("auto", *ATTENTION))
@@ -49,8 +58,8 @@ def select_backend(name: str, device_type: str, log: Log, windowed: bool = False
     return ATTENTION[name].build(device_type, log)
 
 
-def _first_that_runs(device_type: str, log: Log) -> Attend:
-    for backend in (ATTENTION[name] for name in AUTO):
+def _first_that_runs(names: tuple[str, ...], device_type: str, log: Log) -> Attend:
+    for backend in (ATTENTION[name] for name in names):
         fault = backend.fault(device_type)
         if fault is None:
             log(f"attention: auto takes {backend.name} on {device_type}")

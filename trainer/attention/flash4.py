@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from trainer.attention.base import Attend, Backend, Log
+from trainer.attention.documents import Documents, packed
 from trainer.errors import BackendError
 
 _REMEDY = (
@@ -35,7 +36,12 @@ def build_flash4(device_type: str, log: Log) -> Attend:
 
 
 def attend_flash4(
-    q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, *, window: int | None = None
+    q_BTHD: Tensor,
+    k_BTGD: Tensor,
+    v_BTGD: Tensor,
+    *,
+    window: int | None = None,
+    documents: Documents | None = None,
 ) -> Tensor:
     """See `Attend`. BackendError for types other than bfloat16 and float16."""
     if q_BTHD.dtype not in (torch.bfloat16, torch.float16):
@@ -44,8 +50,13 @@ def attend_flash4(
             "runtime.dtype = bfloat16 or runtime.attention = auto"
         )
     left = _NO_WINDOW if window is None else window
-    out_BTHD: Tensor = flash4(q_BTHD, k_BTGD, v_BTGD, None, 0, left)[0]
-    return out_BTHD
+    if documents is None:
+        out_BTHD: Tensor = flash4(q_BTHD, k_BTGD, v_BTGD, None, 0, left)[0]
+        return out_BTHD
+    bounds, max_len, guard = documents.pieces()
+    q_NHD, k_NGD, v_NGD = (packed(x) for x in (q_BTHD * guard.to(q_BTHD.dtype), k_BTGD, v_BTGD))
+    out_NHD: Tensor = flash4(q_NHD, k_NGD, v_NGD, bounds, max_len, left)[0]
+    return out_NHD.view_as(q_BTHD)
 
 
 @torch.library.custom_op("caddie::flash4", mutates_args=())

@@ -34,7 +34,7 @@ class RuntimeConfig(Settings):
     """"auto" = cuda where there is one."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Compute type of matrix products; "auto" = bfloat16 on cuda, float32 on cpu."""
-    attention: Literal["auto", "sdpa", "flex", "flash4"] = "auto"
+    attention: Literal["auto", "sdpa", "flex", "flash4", "varlen"] = "auto"
     """Attention backend; "auto" picks and says what it took."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile; "auto" = on for cuda."""

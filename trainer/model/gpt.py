@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer.attention import Attend
+from trainer.attention import Attend, Documents
 from trainer.config import ModelConfig
 from trainer.loss import Objective
 from trainer.model.attention import Context
@@ -110,7 +110,11 @@ class GPT(nn.Module):
         value_embed_BTK = (
             None if self.value_embed is None else self.value_embed(tokens_BT, self.compute_dtype)
         )
-        return self._run_blocks(x_BTC, Context(x_BTC, cos_TF, sin_TF, value_embed_BTK))
+        context = Context(x_BTC, cos_TF, sin_TF, value_embed_BTK)
+        if self.config.document_attention:
+            documents = Documents(tokens_BT, self.config.bos_id, self.config.max_doc_len)
+            context = context._replace(documents=documents)
+        return self._run_blocks(x_BTC, context)
 
     def _embed(self, tokens_BT: Tensor) -> Tensor:
         """The normalised embedding with what joins it, [B, T, C]."""
