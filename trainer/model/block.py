@@ -39,7 +39,7 @@ class Block(nn.Module):
         x_BTC = keep_C * x_BTC + mix_C * context.x0_BTC
         attended_BTC, value_BTGD = self.attn(self._norm(x_BTC), context)
         x_BTC = self._kept(x_BTC, 0) + self.attn_scale.to(dtype) * attended_BTC
-        mixed_BTC = self.mlp(self._norm(x_BTC))
+        mixed_BTC = self.mlp.after(self._norm, x_BTC)
         x_BTC = self._kept(x_BTC, 1) + self.mlp_scale.to(dtype) * mixed_BTC
         return x_BTC, value_BTGD
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from trainer.attention import Attend, Documents
 from trainer.config import ModelConfig
+from trainer.kernels.cross_entropy import softcapped_cross_entropy
 from trainer.loss import Objective
 from trainer.model.attention import Context
 from trainer.model.block import Block
@@ -33,7 +34,8 @@ MAX_SEQ_LEN = 8192
 
 class GPT(nn.Module):
     """Parameters are fp32; activations run in `compute_dtype`, which the builder sets, as it does
-    `objective`, what training minimises (None = the mean cross-entropy).
+    `objective`, what training minimises (None = the mean cross-entropy), and `fuses_loss`, whether
+    that mean is one operator (trainer/kernels/cross_entropy.py) in training.
 
     Initial weights come from torch's global generator of the device that is current: seed it
     before. Traces as one graph (`torch.compile(model, fullgraph=True, dynamic=False)`).
@@ -55,6 +57,7 @@ class GPT(nn.Module):
         self.config = config
         self.compute_dtype = torch.float32
         self.objective: Objective | None = None
+        self.fuses_loss = False
         self.tok_emb = nn.Embedding(config.vocab_size, config.model_dim)
         if config.tie_embeddings:
             nn.init.normal_(self.tok_emb.weight, std=config.tied_embed_init_std)
@@ -85,6 +88,8 @@ class GPT(nn.Module):
             reduction: "objective" is the scalar that training minimises; the other two never have
                 an objective's weights on the tokens.
         """
+        if self.fuses_loss and reduction == "objective" and torch.is_grad_enabled():
+            return self._fused_loss(tokens_BT, targets_BT)
         logits_BTV = self.logits(tokens_BT)
         if reduction == "objective":
             if self.objective is not None:
@@ -96,11 +101,19 @@ class GPT(nn.Module):
 
     def logits(self, tokens_BT: Tensor) -> Tensor:
         """Logits of the next token, squashed to +-softcap, [B, T, V], fp32."""
+        cap = self.config.logit_softcap
+        return cap * torch.tanh(_at_least_fp32(self._raw_logits(tokens_BT)) / cap)
+
+    def _raw_logits(self, tokens_BT: Tensor) -> Tensor:
+        """Logits before the cap, [B, T, V], in compute_dtype."""
         hidden_BTC = rms_norm(self._hidden(tokens_BT))
         weight = self.tok_emb.weight if self.config.tie_embeddings else self.head.weight
-        raw_BTV = F.linear(hidden_BTC, weight.to(hidden_BTC.dtype))
+        return F.linear(hidden_BTC, weight.to(hidden_BTC.dtype))
+
+    def _fused_loss(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        raw_NV = self._raw_logits(tokens_BT).flatten(0, 1)
         cap = self.config.logit_softcap
-        return cap * torch.tanh(_at_least_fp32(raw_BTV) / cap)
+        return softcapped_cross_entropy(raw_NV, targets_BT.flatten(), cap).mean()
 
     def _hidden(self, tokens_BT: Tensor) -> Tensor:
         """Residual stream before the final norm, [B, T, C], in compute_dtype. ConfigError when T is
