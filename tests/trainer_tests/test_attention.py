@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
 from tests.trainer_tests.plain_attention import plain_attention
+from trainer import attention
 from trainer.attention import ATTENTION, Attend, attend_by_window, select_backend
 from trainer.attention.flex import attend_flex
 from trainer.attention.repeat import repeat_groups
@@ -110,6 +111,19 @@ def test_windows_change_nothing_of_what_auto_takes_on_cpu() -> None:
     lines: list[str] = []
     attend = select_backend("auto", "cpu", lines.append, windowed=True)
     assert attend is select_backend("sdpa", "cpu", silent) and len(lines) == 1
+
+
+def test_documents_go_to_flex_where_it_skips_what_is_outside(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lines: list[str] = []
+    select_backend("auto", "cpu", lines.append, documents=True)
+    assert lines == ["attention: auto takes sdpa on cpu"]
+    monkeypatch.setitem(attention.AUTO_FOR_DOCUMENTS, "cpu", ("flash4", "flex"))
+    lines.clear()
+    select_backend("auto", "cpu", lines.append, documents=True)
+    assert lines[0].startswith("attention: auto passes over flash4: it runs on cuda, not on cpu")
+    assert lines[1] == "attention: auto takes flex on cpu"
 
 
 @pytest.mark.gpu

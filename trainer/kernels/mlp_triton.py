@@ -130,6 +130,11 @@ _shallower: dict[tuple[object, ...], int] = {}
 
 def _check(*matrices: Tensor) -> None:
     for matrix in matrices:
+        if matrix.is_cuda and matrix.element_size() != 2:
+            raise BackendError(
+                f"runtime.mlp_kernel: tiles of {matrix.dtype} do not fit into the GPU; set "
+                "runtime.dtype = bfloat16 or runtime.mlp_kernel = compiled"
+            )
         bytes_per_row = matrix.stride(0) * matrix.element_size()
         if matrix.stride(1) != 1 or bytes_per_row % 16:
             raise BackendError(
