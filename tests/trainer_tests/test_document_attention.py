@@ -310,7 +310,7 @@ def test_off_is_what_it_was_and_adds_no_parameter() -> None:
 
 def test_one_compiled_graph_serves_all_documents() -> None:
     torch._dynamo.reset()
-    model = build(document_attention=True, window=2, window_layers="1")
+    model = build(num_layers=2, document_attention=True, window=2, window_layers="1")
     torch._dynamo.utils.counters.clear()
     compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")
     for seed in (0, 1):

@@ -96,8 +96,7 @@ def random_qkv(*leading: int, dtype: torch.dtype = torch.float16) -> list[Tensor
 
 
 @pytest.mark.usefixtures("stand_in")
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("window", [None, 0, 3])
+@pytest.mark.parametrize(("window", "compiled"), [(None, False), (0, False), (3, False), (3, True)])
 def test_rows_are_handed_over_and_gradients_come_back(window: int | None, compiled: bool) -> None:
     torch._dynamo.reset()
     inputs = random_qkv(2, 7)

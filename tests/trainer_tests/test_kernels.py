@@ -174,7 +174,7 @@ def test_a_model_trains_alike_with_kernels_and_without(kernel: str) -> None:
 
 def test_kernels_are_part_of_one_compiled_graph() -> None:
     torch._dynamo.reset()
-    model = build()
+    model = build(num_layers=2)
     use(model, "fused_norm_saved", fuses_loss=True)
     expected = loss_and_gradients(model, model)
     compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")
