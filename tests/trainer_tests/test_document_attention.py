@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -14,6 +16,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from tests.trainer_tests.architectures import BASE
 from tests.trainer_tests.plain_attention import plain_attention
+from tests.trainer_tests.small_data import VOCAB_SIZE, write_folder
 from tests.trainer_tests.test_flash4 import stand_in
 from trainer.attention import ATTENTION, Attend, Documents, flash4, select_backend
 from trainer.attention.documents import room_for_pieces
@@ -22,7 +25,10 @@ from trainer.attention.repeat import repeat_groups
 from trainer.attention.varlen import attend_varlen
 from trainer.config import ModelConfig, TrainConfig
 from trainer.errors import ConfigError
+from trainer.loop import train
 from trainer.model.gpt import GPT
+from trainer.recipes import RECIPES
+from trainer.report import NullReporter
 
 __all__ = ["stand_in"]
 BOS = 1
@@ -331,6 +337,36 @@ def test_one_compiled_graph_serves_all_documents() -> None:
 def test_a_limit_without_documents_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"model.max_doc_len = 64 cuts nothing while model.doc"):
         TrainConfig().with_overrides({"model.max_doc_len": 64})
+
+
+def test_a_whole_run_trains_calibrates_packs_and_scores(tmp_path: Path) -> None:
+    tokens = np.empty(7_000, dtype=np.uint16)
+    tokens[0] = BOS
+    for place in range(1, len(tokens)):
+        tokens[place] = 4 + (int(tokens[place - 1]) * 7 + 3) % (VOCAB_SIZE - 4)
+    tokens[::50] = BOS
+    folder = write_folder(tmp_path / "data", tokens[:5_000], tokens[5_000:])
+    settings = {
+        "model.vocab_size": VOCAB_SIZE,
+        "model.num_layers": 2,
+        "model.model_dim": 32,
+        "model.document_attention": True,
+        "model.max_doc_len": 20,
+        "data.dir": str(folder),
+        "data.seq_len": 64,
+        "data.batch_tokens": 512,
+        "data.micro_batch_tokens": 256,
+        "evaluate.seq_len": 64,
+        "evaluate.stride": 16,
+        "quantize.method": "gptq",
+        "quantize.calibration_tokens": 512,
+        "schedule.progress": "steps",
+        "budget.max_steps": 8,
+        "budget.train_seconds": None,
+    }
+    result = train(RECIPES["tiny"].build().with_overrides(settings), NullReporter())
+    assert result.val_loss is not None and result.val_loss < 0.95 * np.log(VOCAB_SIZE)
+    assert result.val_bpb == pytest.approx(result.val_bpb_prequant, rel=0.05)
 
 
 @pytest.mark.gpu
