@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.timing import median_seconds
 from benchmarks.training import machine
-from benchmarks.windows import median_seconds
 from trainer.distributed import Group
 from trainer.optim.muon import Muon
 from trainer.optim.orthogonalization import ORTHOGONALIZATIONS, UpdateRule

@@ -22,7 +22,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("torch", "triton", "numpy", "sentencepiece", "brotli")
+PACKAGES = ("torch", "triton", "flash-attn-4", "numpy", "sentencepiece", "brotli")
 
 
 def main() -> None:

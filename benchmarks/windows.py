@@ -1,32 +1,38 @@
-"""Times one layer's attention, forward and backward, windowed against full, and saves the figures.
+"""Times one layer's attention, forward and backward: full, windowed, and within documents.
 
     python -m benchmarks.windows --out benchmarks/results/windows.json
 
 For each backend that runs here, and for "auto", which may take one backend for windows and another
 for full attention: medians over calls at several row lengths with equal tokens in all, by CUDA
-events where there is a GPU. The published gains of whole steps (15, 21 and 25 % at 4096, 6144 and
-8192) are smaller than these, because a step is more than attention.
+events where there is a GPU. Documents have geometric lengths, the rows of all backends the same.
+What fails is recorded with its error, and the rest goes on. The published gains of whole steps (15,
+21 and 25 % at 4096, 6144 and 8192) are smaller than these, because a step is more than attention.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.timing import median_seconds
 from benchmarks.training import machine
-from trainer.attention import ATTENTION, Attend, select_backend
+from trainer.attention import ATTENTION, Attend, Documents, select_backend
 
 LENGTHS = (2048, 4096, 6144, 8192)
-HEADER = f"{'backend':8s} {'length':>7s} {'full':>10s} {'windowed':>10s}  windowed / full"
+TIMES = ("full_ms", "windowed_ms", "documents_ms")
+HEADER = (
+    f"{'backend':8s} {'length':>7s} {'full':>10s} {'windowed':>10s} {'documents':>10s}"
+    "  windowed / full"
+)
+BOS = 1
 
 
 def main() -> None:
@@ -35,15 +41,16 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shape = {name: getattr(arguments, name) for name in ("heads", "kv_heads", "head_dim")}
     record: dict[str, Any] = {"command": sys.argv, **machine(), "window": arguments.window}
-    record |= {"tokens": arguments.tokens, **shape, "repeats": arguments.repeats, "rows": []}
+    record |= {"tokens": arguments.tokens, **shape, "repeats": arguments.repeats}
+    record |= {"document_len": arguments.document_len, "rows": []}
     print(HEADER, flush=True)
     for backend in _backends(device):
         for length in arguments.lengths:
             row = {"backend": backend, "length": length, **_compare(backend, length, arguments)}
             record["rows"].append(row)
             _print_row(row)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+            arguments.out.parent.mkdir(parents=True, exist_ok=True)
+            arguments.out.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def _arguments() -> argparse.Namespace:
@@ -51,6 +58,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
     parser.add_argument("--window", type=int, default=512, help="tokens seen before the own one")
+    parser.add_argument("--document-len", type=int, default=700, help="mean tokens of a document")
     parser.add_argument("--tokens", type=int, default=73_728, help="of all rows together")
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--kv-heads", type=int, default=4)
@@ -64,22 +72,44 @@ def _backends(device: torch.device) -> list[str]:
     return [*(name for name, row in ATTENTION.items() if not row.fault(device.type)), "auto"]
 
 
-def _compare(backend: str, length: int, arguments: argparse.Namespace) -> dict[str, float | None]:
-    """Milliseconds of full and of windowed attention; None for what does not fit in memory."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    times: dict[str, float | None] = {}
-    for name, window in (("full_ms", None), ("windowed_ms", arguments.window)):
-        torch.compiler.reset()  # every shape compiles anew, and the library bounds how often
-        attend = select_backend(
-            backend, device.type, lambda line: None, windowed=window is not None
-        )
+def _compare(backend: str, length: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Milliseconds by kind of attention, None for what does not fit in memory or fails, and the
+    errors."""
+    row: dict[str, Any] = {"errors": {}}
+    for name in TIMES:
         try:
-            call = _call(attend, window, _inputs(length, arguments, device))
-            times[name] = 1000 * median_seconds(call, arguments.repeats, device)
-        except torch.OutOfMemoryError:
-            times[name] = None
-    full, windowed = times["full_ms"], times["windowed_ms"]
-    return {**times, "ratio": windowed / full if full and windowed else None}
+            row[name] = _milliseconds(backend, length, name, arguments)
+        except Exception as error:  # one backend's fault must not cost the others' figures
+            row[name] = None
+            row["errors"][name] = f"{type(error).__name__}: {str(error)[:300]}"
+    full, windowed = row["full_ms"], row["windowed_ms"]
+    return {**row, "ratio": windowed / full if full and windowed else None}
+
+
+def _milliseconds(backend: str, length: int, name: str, arguments: argparse.Namespace) -> float:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.compiler.reset()  # every shape compiles anew, and the library bounds how often
+    options: dict[str, Any] = {"window": arguments.window if name == "windowed_ms" else None}
+    inputs = _inputs(length, arguments, device)
+    if name == "documents_ms":
+        options["documents"] = _documents(len(inputs[0]), length, arguments, device)
+    attend = select_backend(
+        backend,
+        device.type,
+        lambda line: None,
+        windowed=name == "windowed_ms",
+        documents=name == "documents_ms",
+    )
+    call = _call(partial(attend, **options), inputs)
+    return 1000 * median_seconds(call, arguments.repeats, device)
+
+
+def _documents(
+    rows: int, length: int, arguments: argparse.Namespace, device: torch.device
+) -> Documents:
+    draws = torch.rand(rows, length, generator=torch.Generator().manual_seed(0))
+    tokens_BT = torch.where(draws < 1 / arguments.document_len, BOS, BOS + 1)
+    return Documents(tokens_BT.to(device), BOS)
 
 
 def _inputs(length: int, arguments: argparse.Namespace, device: torch.device) -> list[Tensor]:
@@ -95,49 +125,24 @@ def _inputs(length: int, arguments: argparse.Namespace, device: torch.device) ->
     return [tensor.to(dtype) for tensor in made]
 
 
-def _call(attend: Attend, window: int | None, inputs: list[Tensor]) -> Callable[[], None]:
+def _call(attend: Attend, inputs: list[Tensor]) -> Callable[[], None]:
     q_BTHD, k_BTGD, v_BTGD = (tensor.requires_grad_() for tensor in inputs[:3])
 
     def forward_and_backward() -> None:
-        out_BTHD = attend(q_BTHD, k_BTGD, v_BTGD, window=window)
+        out_BTHD = attend(q_BTHD, k_BTGD, v_BTGD)
         torch.autograd.grad(out_BTHD, (q_BTHD, k_BTGD, v_BTGD), inputs[3])
 
     return forward_and_backward
 
 
-def median_seconds(call: Callable[[], None], repeats: int, device: torch.device) -> float:
-    """Seconds of a call after a few unmeasured ones: by events on cuda, by the clock elsewhere."""
-    for _ in range(max(1, repeats // 5)):
-        call()
-    if device.type == "cuda":
-        return statistics.median(_seconds_by_events(call) for _ in range(repeats))
-    return statistics.median(_seconds_by_clock(call) for _ in range(repeats))
-
-
-def _seconds_by_events(call: Callable[[], None]) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    call()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1000
-
-
-def _seconds_by_clock(call: Callable[[], None]) -> float:
-    started = time.perf_counter()
-    call()
-    return time.perf_counter() - started
-
-
 def _print_row(row: dict[str, Any]) -> None:
-    full, windowed = (
-        "no memory" if row[name] is None else f"{row[name]:.3f} ms"
-        for name in ("full_ms", "windowed_ms")
+    times = " ".join(
+        f"{'failed' if row[name] is None else f'{row[name]:.3f} ms':>10s}" for name in TIMES
     )
     ratio = "" if row["ratio"] is None else f"{row['ratio']:.3f}"
-    print(
-        f"{row['backend']:8s} {row['length']:7d} {full:>10s} {windowed:>10s}  {ratio}", flush=True
-    )
+    print(f"{row['backend']:8s} {row['length']:7d} {times}  {ratio}", flush=True)
+    for name, error in row["errors"].items():
+        print(f"  {name}: {error}", flush=True)
 
 
 if __name__ == "__main__":

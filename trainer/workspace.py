@@ -20,8 +20,10 @@ from trainer.data.loader import TrainLoader
 from trainer.data.overlap import check_overlap
 from trainer.distributed import Group
 from trainer.evaluate.bits_per_byte import EvalResult, evaluate
+from trainer.kernels.choice import choose_kernel
 from trainer.loss import build_objective
 from trainer.model.gpt import GPT
+from trainer.model.mlp import MLP
 from trainer.report import Reporter
 
 
@@ -90,19 +92,36 @@ def build_model(config: TrainConfig, group: Group, log: Callable[[str], None]) -
     """The model on its device, with rank 0's initial weights on every rank.
 
     Weights come from torch's global generator: seed it before. Raises BackendError when the
-    attention backend of runtime.attention cannot run here.
+    attention backend or a kernel that runtime asks for by name cannot run here.
     """
     attend = select_backend(
-        config.runtime.attention, group.device.type, log, windowed=config.model.window > 0
+        config.runtime.attention,
+        group.device.type,
+        log,
+        windowed=config.model.window > 0,
+        documents=config.model.document_attention,
     )
     row_lengths = config.data.row_lengths | {config.evaluate.seq_len}
     model = GPT(config.model, attend, max(row_lengths), row_lengths)
     model.objective = build_objective(config.loss)
+    _choose_kernels(model, config, group, log)
     model.to(group.device)
     model.compute_dtype = _compute_dtype(config, group.device)
     for parameter in model.parameters():
         group.broadcast_(parameter.data)
     return model
+
+
+def _choose_kernels(
+    model: GPT, config: TrainConfig, group: Group, log: Callable[[str], None]
+) -> None:
+    runtime, kind = config.runtime, group.device.type
+    mlp_kernel = choose_kernel("mlp_kernel", runtime.mlp_kernel, kind, 9, log)
+    loss_kernel = choose_kernel("loss_kernel", runtime.loss_kernel, kind, 8, log)
+    model.fuses_loss = loss_kernel == "fused" and model.objective is None
+    for module in model.modules():
+        if isinstance(module, MLP):
+            module.kernel = mlp_kernel
 
 
 def count(model: GPT) -> int:

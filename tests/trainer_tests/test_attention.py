@@ -8,12 +8,14 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
 from tests.trainer_tests.plain_attention import plain_attention
+from trainer import attention
 from trainer.attention import ATTENTION, Attend, attend_by_window, select_backend
 from trainer.attention.flex import attend_flex
 from trainer.attention.repeat import repeat_groups
 from trainer.errors import BackendError
 
 WINDOWS = [None, 0, 1, 4, 100]
+ON_CPU = [name for name, backend in ATTENTION.items() if backend.fault("cpu") is None]
 
 
 def silent(line: str) -> None:
@@ -40,7 +42,7 @@ def expected_results(inputs: list[Tensor], window: int | None, cotangent: Tensor
 
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("num_groups", [4, 2, 1])
-@pytest.mark.parametrize("name", ATTENTION)
+@pytest.mark.parametrize("name", ON_CPU)
 def test_backend_equals_plain_attention(name: str, num_groups: int, window: int | None) -> None:
     inputs = random_qkv(11, 4, num_groups)
     cotangent = torch.randn(inputs[0].shape, dtype=torch.float64)
@@ -111,6 +113,19 @@ def test_windows_change_nothing_of_what_auto_takes_on_cpu() -> None:
     assert attend is select_backend("sdpa", "cpu", silent) and len(lines) == 1
 
 
+def test_documents_go_to_flex_where_it_skips_what_is_outside(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lines: list[str] = []
+    select_backend("auto", "cpu", lines.append, documents=True)
+    assert lines == ["attention: auto takes sdpa on cpu"]
+    monkeypatch.setitem(attention.AUTO_FOR_DOCUMENTS, "cpu", ("flash4", "flex"))
+    lines.clear()
+    select_backend("auto", "cpu", lines.append, documents=True)
+    assert lines[0].startswith("attention: auto passes over flash4: it runs on cuda, not on cpu")
+    assert lines[1] == "attention: auto takes flex on cpu"
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("window", [None, 100])
@@ -141,6 +156,9 @@ def test_backend_on_cuda_in_bfloat16(name: str, window: int | None, compiled: bo
     cotangent = torch.randn(inputs[0].shape, device="cuda", dtype=torch.float64)
     dense = select_backend("flex", "cpu", silent)  # checked against the loops above
     expected = output_and_gradients(dense, inputs, window, cotangent)
+    fault = None if name == "auto" else ATTENTION[name].fault("cuda")
+    if fault is not None:
+        pytest.skip(fault)
     attend = select_backend(name, "cuda", silent)
     if compiled:
         attend = torch.compile(attend, fullgraph=True, dynamic=False)

@@ -200,7 +200,10 @@ def test_the_unpacked_code_imports_by_itself(tmp_path: Path) -> None:
         text=True,
     )
     assert run.returncode == 0, run.stderr
-    assert run.stdout.split() == [str(len(counted_modules())), TrainConfig().digest()]
+    # What is written in Triton is imported at the first call on a GPU; it counts all the same.
+    at_once = [name for name in counted_modules() if not name.endswith("_triton")]
+    assert len(at_once) == len(counted_modules()) - 2
+    assert run.stdout.split() == [str(len(at_once)), TrainConfig().digest()]
 
 
 @pytest.mark.parametrize(

@@ -170,6 +170,8 @@ OUTSIDE_THE_DIGEST = {
     "data.dir": "/elsewhere",
     "runtime.device": "cuda",
     "runtime.attention": "flex",
+    "runtime.mlp_kernel": "fused",
+    "runtime.loss_kernel": "fused",
     "runtime.compile": "off",
     "runtime.prime_steps": 99,
     "runtime.log_every": 99,

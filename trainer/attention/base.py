@@ -8,6 +8,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from trainer.attention.documents import Documents
+
 Log = Callable[[str], None]
 
 
@@ -19,13 +21,21 @@ class Attend(Protocol):
     """
 
     def __call__(
-        self, q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, /, *, window: int | None = None
+        self,
+        q_BTHD: Tensor,
+        k_BTGD: Tensor,
+        v_BTGD: Tensor,
+        /,
+        *,
+        window: int | None = None,
+        documents: Documents | None = None,
     ) -> Tensor:
         """Attention output, [B, T, H, D], in the dtype of q.
 
         Args:
             window: None lets a token see itself and everything before. w lets it see itself and the
                 w tokens before it (w + 1 keys), which is FlashAttention's `window_size=(w, 0)`.
+            documents: where given, a token sees nothing before its own document either.
         """
         ...
 

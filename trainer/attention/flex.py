@@ -21,6 +21,10 @@ from torch.nn.attention.flex_attention import (
 )
 
 from trainer.attention.base import Attend, Backend, Log
+from trainer.attention.documents import Documents
+
+_BLOCK = 128
+"""Queries and keys of a block, the library's own choice."""
 
 Visible = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -40,29 +44,37 @@ def attend_flex(
     v_BTGD: Tensor,
     *,
     window: int | None = None,
+    documents: Documents | None = None,
 ) -> Tensor:
     """See `Attend`; `flex` is the library's function, compiled or not."""
     out_BHTD: Tensor = flex(
         q_BTHD.transpose(1, 2),
         k_BTGD.transpose(1, 2),
         v_BTGD.transpose(1, 2),
-        block_mask=_block_mask(q_BTHD.size(1), window, q_BTHD.device),
+        block_mask=_block_mask(q_BTHD.size(1), window, q_BTHD.device, documents),
         enable_gqa=q_BTHD.size(2) != k_BTGD.size(2),
     )
     return out_BHTD.transpose(1, 2)
 
 
 def attend_dense(
-    q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, *, window: int | None = None
+    q_BTHD: Tensor,
+    k_BTGD: Tensor,
+    v_BTGD: Tensor,
+    *,
+    window: int | None = None,
+    documents: Documents | None = None,
 ) -> Tensor:
     """See `Attend`; materialises all scores, [B, G, H/G, T, T]."""
     num_rows, num_tokens, num_groups, width = k_BTGD.shape
-    mask_TT = create_mask(
-        _visible(window), None, None, num_tokens, num_tokens, device=q_BTHD.device
-    )[0, 0]
+    mask_BTT = (
+        create_mask(_visible(window), None, None, num_tokens, num_tokens, device=q_BTHD.device)[0]
+        if documents is None
+        else documents.mask(window)
+    )
     q_BTGRD = q_BTHD.reshape(num_rows, num_tokens, num_groups, -1, width)
     scores_BGRTS = torch.einsum("btgrd,bsgd->bgrts", q_BTGRD, k_BTGD) * width**-0.5
-    weights_BGRTS = scores_BGRTS.masked_fill(~mask_TT, -torch.inf).softmax(-1)
+    weights_BGRTS = scores_BGRTS.masked_fill(~mask_BTT[:, None, None], -torch.inf).softmax(-1)
     return torch.einsum("bgrts,bsgd->btgrd", weights_BGRTS, v_BTGD).flatten(2, 3)
 
 
@@ -76,7 +88,24 @@ def _visible(window: int | None) -> Visible:
     return visible
 
 
-def _block_mask(num_tokens: int, window: int | None, device: torch.device) -> BlockMask:
+def _visible_in(documents: Documents, window: int | None) -> Visible:
+    """The same within documents."""
+    in_window, first_BT = _visible(window), documents.first_BT
+
+    def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return in_window(batch, head, query, key) & (key >= first_BT[batch, query])
+
+    return visible
+
+
+def _block_mask(
+    num_tokens: int, window: int | None, device: torch.device, documents: Documents | None
+) -> BlockMask:
+    if documents is not None:
+        mask: BlockMask = documents.once(
+            ("flex", window), lambda: document_block_mask(documents, window)
+        )
+        return mask
     # Inside a compiled model a cache would be looked up while tracing: hits and misses give
     # different graphs. There the mask is built in the graph, once for all layers of one window,
     # because equal subexpressions are merged.
@@ -89,6 +118,26 @@ def _build_mask(num_tokens: int, window: int | None, device: torch.device) -> Bl
 
 
 _cached_mask = lru_cache(maxsize=64)(_build_mask)
+
+
+def document_block_mask(documents: Documents, window: int | None) -> BlockMask:
+    """The block mask of one batch's documents, from the blocks' borders alone."""
+    num_tokens = documents.first_BT.size(1)
+    in_part, whole = (_ordered(blocks) for blocks in documents.blocks(window, _BLOCK))
+    return BlockMask.from_kv_blocks(
+        *in_part,
+        *whole,
+        BLOCK_SIZE=_BLOCK,
+        mask_mod=_visible_in(documents, window),
+        seq_lengths=(num_tokens, num_tokens),
+    )
+
+
+def _ordered(blocks_BKK: Tensor) -> tuple[Tensor, Tensor]:
+    """How many blocks of keys each block of queries has, [B, 1, K], and which: those first,
+    [B, 1, K, K]."""
+    order = torch.argsort(blocks_BKK.int(), dim=-1, descending=True, stable=True)
+    return blocks_BKK.sum(-1, dtype=torch.int32)[:, None], order.int()[:, None]
 
 
 def _fault(device_type: str) -> str | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from trainer.attention.base import Attend
@@ -13,8 +15,7 @@ def repeat_groups(
     k_BTGD: Tensor,
     v_BTGD: Tensor,
     /,
-    *,
-    window: int | None = None,
+    **options: Any,
 ) -> Tensor:
     """As `attend`, which then sees as many key and value heads as query heads.
 
@@ -23,4 +24,4 @@ def repeat_groups(
     """
     repeats = q_BTHD.size(2) // k_BTGD.size(2)
     k_BTHD, v_BTHD = (x.repeat_interleave(repeats, dim=2) for x in (k_BTGD, v_BTGD))
-    return attend(q_BTHD, k_BTHD, v_BTHD, window=window)
+    return attend(q_BTHD, k_BTHD, v_BTHD, **options)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from trainer.attention.base import Attend, Backend, Log
+from trainer.attention.documents import Documents
 
 # Behind cuDNN and flash, so that windows (an explicit mask) and fp32 still find a kernel.
 _FALLBACKS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -37,19 +38,31 @@ def build_sdpa(device_type: str, log: Log) -> Attend:
 
 
 def attend_sdpa(
-    q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, *, window: int | None = None
+    q_BTHD: Tensor,
+    k_BTGD: Tensor,
+    v_BTGD: Tensor,
+    *,
+    window: int | None = None,
+    documents: Documents | None = None,
 ) -> Tensor:
     """See `Attend`. The library's own choice of kernel."""
-    mask_TT = None if window is None else window_mask(q_BTHD.size(1), window, q_BTHD.device)
+    mask = _mask(q_BTHD, window, documents)
     out_BHTD = F.scaled_dot_product_attention(
         q_BTHD.transpose(1, 2),
         k_BTGD.transpose(1, 2),
         v_BTGD.transpose(1, 2),
-        attn_mask=mask_TT,
-        is_causal=mask_TT is None,
+        attn_mask=mask,
+        is_causal=mask is None,
         enable_gqa=q_BTHD.size(2) != k_BTGD.size(2),
     )
     return out_BHTD.transpose(1, 2)
+
+
+def _mask(q_BTHD: Tensor, window: int | None, documents: Documents | None) -> Tensor | None:
+    """[B, 1, T, T], [T, T], or None for what the library masks itself."""
+    if documents is not None:
+        return documents.mask(window)[:, None]
+    return None if window is None else window_mask(q_BTHD.size(1), window, q_BTHD.device)
 
 
 def window_mask(num_tokens: int, window: int, device: torch.device) -> Tensor:
@@ -66,9 +79,10 @@ def _attend_in_order(
     v_BTGD: Tensor,
     *,
     window: int | None = None,
+    documents: Documents | None = None,
 ) -> Tensor:
     with sdpa_kernel(kernels, set_priority=True):
-        return attend_sdpa(q_BTHD, k_BTGD, v_BTGD, window=window)
+        return attend_sdpa(q_BTHD, k_BTGD, v_BTGD, window=window, documents=documents)
 
 
 def _cudnn_fault() -> str | None:

@@ -67,7 +67,7 @@ class ModelConfig(Settings):
     """A token that begins a document has no previous token for smear and bigrams. Switched off only
     to replay published runs, which leak across documents."""
     bos_id: Annotated[int, Field(ge=0)] = 1
-    """Token that begins a document, for mask_documents."""
+    """Token that begins a document, for mask_documents and document_attention."""
     value_embed_dim: Annotated[int, Field(ge=0)] = 0
     """Width of the table of value embeddings; 0 = off."""
     value_embed_layers: str = ""
@@ -157,6 +157,12 @@ class ModelConfig(Settings):
     attn_gate_bias_init: float = 4.0
     """Initial b of "biased": 4 in #1212, 1 in #1894."""
 
+    document_attention: bool = False
+    """Tokens attend within their own document only; bos_id begins one."""
+    max_doc_len: Annotated[int, Field(ge=0)] = 0
+    """With document_attention: cut documents into pieces of so many tokens that do not see each
+    other; 0 = off."""
+
     @model_validator(mode="after")
     def _shapes_divide(self) -> Self:
         faults = []
@@ -231,6 +237,11 @@ class ModelConfig(Settings):
             faults.append(
                 f"model.rope_ntk_len = {self.rope_ntk_len} needs at least 4 rotated dimensions, "
                 f"but {self.rotated_dims} rotate; raise model.rope_dims or set 0"
+            )
+        if self.max_doc_len and not self.document_attention:
+            faults.append(
+                f"model.max_doc_len = {self.max_doc_len} cuts nothing while "
+                "model.document_attention = false; switch that on, or set 0"
             )
         if self.bigram_buckets == 1:
             faults.append(

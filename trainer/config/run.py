@@ -34,8 +34,17 @@ class RuntimeConfig(Settings):
     """"auto" = cuda where there is one."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Compute type of matrix products; "auto" = bfloat16 on cuda, float32 on cpu."""
-    attention: Literal["auto", "sdpa", "flex"] = "auto"
+    attention: Literal["auto", "sdpa", "flex", "flash4", "varlen"] = "auto"
     """Attention backend; "auto" picks and says what it took."""
+    mlp_kernel: Literal[
+        "compiled", "auto", "fused", "fused_saved", "fused_norm", "fused_norm_saved"
+    ] = "compiled"
+    """How the MLP is trained: "compiled" is plain code; "fused" one operator whose products apply
+    the activation, "saved" keeping its slope for the backward pass, "norm" normalising too; "auto"
+    picks what was measured to win and says what it took."""
+    loss_kernel: Literal["compiled", "auto", "fused"] = "compiled"
+    """How the training loss is computed: "compiled" is plain code; "fused" one operator in which
+    the capped logits never exist; "auto" as above."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile; "auto" = on for cuda."""
     prime_steps: Annotated[int, Field(ge=0)] = 3

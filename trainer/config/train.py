@@ -67,6 +67,7 @@ class TrainConfig(Settings):
             )
         faults.extend(self._calibration_faults())
         faults.extend(self._recurrence_faults())
+        faults.extend(self._kernel_faults())
         return raise_together(self, faults)
 
     def _calibration_faults(self) -> list[str]:
@@ -118,6 +119,22 @@ class TrainConfig(Settings):
             return parse_phases(self.schedule.recur_phases)
         last = Phase(self.schedule.recur_start, self.model.recur_visits)
         return (Phase(0.0, 1), last) if last.start > 0 else (last,)
+
+    def _kernel_faults(self) -> list[str]:
+        faults = []
+        mlp, loss = self.runtime.mlp_kernel, self.runtime.loss_kernel
+        if mlp.startswith("fused") and self.model.num_loops > 1:
+            faults.append(
+                f'runtime.mlp_kernel = "{mlp}" knows no adapters, which blocks visited '
+                f"model.num_loops = {self.model.num_loops} times have; set runtime.mlp_kernel = "
+                "compiled"
+            )
+        if loss == "fused" and self.loss.kind != "cross_entropy":
+            faults.append(
+                f'runtime.loss_kernel = "fused" has no weights on the tokens, which loss.kind = '
+                f'"{self.loss.kind}" needs; set runtime.loss_kernel = compiled'
+            )
+        return faults
 
     @property
     def step_seconds(self) -> float | None:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer.attention import Attend
+from trainer.attention import Attend, Documents
 from trainer.attention.repeat import repeat_groups
 from trainer.config import ModelConfig
 from trainer.model.gate import HeadGate
@@ -42,6 +42,14 @@ class Context(NamedTuple):
     """Where value embeddings are on."""
     first_value_BTGD: Tensor | None = None
     """Layer 0's values as projected; None while layer 0 runs."""
+    documents: Documents | None = None
+    """Where attention stays within documents."""
+
+    def attend(self, backend: Attend, q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor) -> Tensor:
+        """Attention by `backend`, within documents where that is on."""
+        if self.documents is None:
+            return backend(q_BTHD, k_BTGD, v_BTGD)
+        return backend(q_BTHD, k_BTGD, v_BTGD, documents=self.documents)
 
 
 class SelfAttention(nn.Module):
@@ -113,7 +121,7 @@ class SelfAttention(nn.Module):
         # The tables and the gain are fp32, so this chain is, too; it rounds once at its end.
         q_BTHD = rotate(rms_norm(q_BTHD), cos_TF, sin_TF) * gain_H[:, None]
         k_BTGD = rotate(rms_norm(k_BTGD), cos_TF, sin_TF)
-        return self._attend(q_BTHD.to(dtype), k_BTGD.to(dtype), v_BTGD)
+        return context.attend(self._attend, q_BTHD.to(dtype), k_BTGD.to(dtype), v_BTGD)
 
 
 def attend_of_layer(config: ModelConfig, attend: Attend, layer: int) -> Attend:

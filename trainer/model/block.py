@@ -107,8 +107,10 @@ class Block(nn.Module):
 
     def _transformed(self, x_BTC: Tensor, repeat: Repeat | None) -> Tensor:
         """What the MLP adds."""
-        h_BTC = self._norm(x_BTC)
-        out_BTC = self.mlp(h_BTC) if repeat is None else repeat.transform(self.mlp, h_BTC)
+        if repeat is None:
+            out_BTC = self.mlp.after(self._norm, x_BTC)
+        else:
+            out_BTC = repeat.transform(self.mlp, self._norm(x_BTC))
         return self._scale(self.mlp_scale, x_BTC.dtype) * out_BTC
 
     def _scale(self, scale_C: Tensor, dtype: torch.dtype) -> Tensor:

@@ -47,7 +47,7 @@ class DifferentialAttention(SelfAttention):
         dtype = v_BTGD.dtype
         q_BTHD = self._place(q_BTHD, context) * gain_H.repeat(2)[:, None]
         k_BTGD = self._place(k_BTGD, context)
-        out_BTHD = self._maps(q_BTHD.to(dtype), k_BTGD.to(dtype), v_BTGD)
+        out_BTHD = self._maps(q_BTHD.to(dtype), k_BTGD.to(dtype), v_BTGD, context)
         return rms_norm(out_BTHD) * (1 - self._start)
 
     def _place(self, x_BTHD: Tensor, context: Context) -> Tensor:
@@ -60,15 +60,16 @@ class DifferentialAttention(SelfAttention):
         second = (self.lambda_q2 * self.lambda_k2).sum().exp()
         return (first - second + self._start).to(dtype)
 
-    def _full(self, q: Tensor, k: Tensor, v_BTGD: Tensor) -> Tensor:
+    def _full(self, q: Tensor, k: Tensor, v_BTGD: Tensor, context: Context) -> Tensor:
         # Backends want keys as wide as values: fill up with zeros, which add nothing to a score,
         # and take back the factor 1 / sqrt(D) in favour of 1 / sqrt(E).
         width = (0, v_BTGD.size(-1) - q.size(-1))
         q, k = F.pad(q * math.sqrt(2), width), F.pad(k, width)
-        first, second = self._attend(q, k, v_BTGD.repeat(1, 1, 2, 1)).chunk(2, dim=2)
+        values = v_BTGD.repeat(1, 1, 2, 1)
+        first, second = context.attend(self._attend, q, k, values).chunk(2, dim=2)
         return first - self._weight(v_BTGD.dtype) * second
 
-    def _split(self, q: Tensor, k: Tensor, v_BTGD: Tensor) -> Tensor:
+    def _split(self, q: Tensor, k: Tensor, v_BTGD: Tensor, context: Context) -> Tensor:
         values = torch.cat(v_BTGD.chunk(2, dim=-1), dim=2)
-        first, second = self._attend(q, k, values).chunk(2, dim=2)
+        first, second = context.attend(self._attend, q, k, values).chunk(2, dim=2)
         return torch.cat((first, -self._weight(v_BTGD.dtype) * second), dim=-1)

@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer.attention import Attend
+from trainer.attention import Attend, Documents
 from trainer.config import ModelConfig
+from trainer.kernels.cross_entropy import softcapped_cross_entropy
 from trainer.loss import Objective, nats_of
 from trainer.model.attention import Context
 from trainer.model.block import Block
@@ -37,8 +38,9 @@ MAX_SEQ_LEN = 8192
 
 class GPT(nn.Module):
     """Parameters are fp32; activations run in `compute_dtype`, which the builder sets, as it does
-    `objective`, what training minimises (None = the mean cross-entropy). `visits_now` is how often
-    recurring blocks are visited; change it through `visiting`.
+    `objective`, what training minimises (None = the mean cross-entropy), and `fuses_loss`, whether
+    that mean is one operator (trainer/kernels/cross_entropy.py) in training. `visits_now` is how
+    often recurring blocks are visited; change it through `visiting`.
 
     Initial weights come from torch's global generator of the device that is current: seed it
     before. Traces as one graph (`torch.compile(model, fullgraph=True, dynamic=False)`).
@@ -61,6 +63,7 @@ class GPT(nn.Module):
         self.compute_dtype = torch.float32
         self.objective: Objective | None = None
         self.visits_now = config.recur_visits
+        self.fuses_loss = False
         self.tok_emb = nn.Embedding(config.vocab_size, config.model_dim)
         if config.tie_embeddings:
             nn.init.normal_(self.tok_emb.weight, std=config.tied_embed_init_std)
@@ -94,6 +97,8 @@ class GPT(nn.Module):
             reduction: "objective" is the scalar that training minimises; the other two never have
                 an objective's weights on the tokens.
         """
+        if self.fuses_loss and reduction == "objective" and torch.is_grad_enabled():
+            return self._fused_loss(tokens_BT, targets_BT)
         logits_BTV = self.logits(tokens_BT)
         if reduction == "objective":
             if self.objective is not None:
@@ -107,11 +112,19 @@ class GPT(nn.Module):
 
     def logits(self, tokens_BT: Tensor) -> Tensor:
         """Logits of the next token, squashed to +-softcap, [B, T, V], fp32."""
+        cap = self.config.logit_softcap
+        return cap * torch.tanh(_at_least_fp32(self._raw_logits(tokens_BT)) / cap)
+
+    def _raw_logits(self, tokens_BT: Tensor) -> Tensor:
+        """Logits before the cap, [B, T, V], in compute_dtype."""
         hidden_BTC = rms_norm(self._hidden(tokens_BT))
         weight = self.tok_emb.weight if self.config.tie_embeddings else self.head.weight
-        raw_BTV = F.linear(hidden_BTC, weight.to(hidden_BTC.dtype))
+        return F.linear(hidden_BTC, weight.to(hidden_BTC.dtype))
+
+    def _fused_loss(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        raw_NV = self._raw_logits(tokens_BT).flatten(0, 1)
         cap = self.config.logit_softcap
-        return cap * torch.tanh(_at_least_fp32(raw_BTV) / cap)
+        return softcapped_cross_entropy(raw_NV, targets_BT.flatten(), cap).mean()
 
     def _hidden(self, tokens_BT: Tensor) -> Tensor:
         """Residual stream before the final norm, [B, T, C], in compute_dtype. ConfigError when T is
@@ -121,7 +134,11 @@ class GPT(nn.Module):
         value_embed_BTK = (
             None if self.value_embed is None else self.value_embed(tokens_BT, self.compute_dtype)
         )
-        return self._run_blocks(x_BTC, Context(x_BTC, cos_TF, sin_TF, value_embed_BTK))
+        context = Context(x_BTC, cos_TF, sin_TF, value_embed_BTK)
+        if self.config.document_attention:
+            documents = Documents(tokens_BT, self.config.bos_id, self.config.max_doc_len)
+            context = context._replace(documents=documents)
+        return self._run_blocks(x_BTC, context)
 
     def _embed(self, tokens_BT: Tensor) -> Tensor:
         """The normalised embedding with what joins it, [B, T, C]."""

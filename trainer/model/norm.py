@@ -25,5 +25,10 @@ def build_norm(layer: int, ln_scale: bool) -> Callable[[Tensor], Tensor]:
     return partial(_scaled_rms_norm, 1 / math.sqrt(layer + 1)) if ln_scale else rms_norm
 
 
+def scale_of(norm: Callable[[Tensor], Tensor]) -> float:
+    """The factor that a norm of `build_norm` puts after rms_norm."""
+    return float(norm.args[0]) if isinstance(norm, partial) else 1.0
+
+
 def _scaled_rms_norm(scale: float, x: Tensor) -> Tensor:
     return rms_norm(x) * scale
