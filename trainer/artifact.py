@@ -30,7 +30,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from trainer.compress import CODECS, compress, decompress
 from trainer.config import TrainConfig
 from trainer.errors import ArtifactError
-from trainer.quantize import SCHEMES, ArraySpec, QuantizedState, QuantizedTensor
+from trainer.quantize import (
+    SCHEMES,
+    ArraySpec,
+    QuantizedState,
+    QuantizedTensor,
+    find_scheme,
+    scheme_named,
+)
 
 MAGIC = b"\x89CADDIE\n"
 VERSION = 1
@@ -153,7 +160,7 @@ def _gather(quantized: QuantizedState) -> dict[str, bytes]:
     """Element type -> the content of all arrays of that type, tensor after tensor."""
     parts: dict[str, list[bytes]] = {}
     for stored in quantized.tensors.values():
-        for name, spec in SCHEMES[stored.scheme].layout(stored.shape).items():
+        for name, spec in scheme_named(stored.scheme).layout(stored.shape).items():
             array = stored.arrays[name]
             assert (array.dtype.str, array.shape) == (spec.dtype, spec.shape), "not as laid out"
             parts.setdefault(spec.dtype, []).append(array.tobytes())
@@ -193,12 +200,13 @@ def _checked_layouts(header: _Header, max_bytes: int) -> Layouts:
     for name, scheme, shape in header.tensors:
         if name in layouts:
             raise ArtifactError(f"artifact: tensor {name} is stored twice; pack the model again")
-        if scheme not in SCHEMES:
+        known = find_scheme(scheme)
+        if known is None:
             raise ArtifactError(
                 f"artifact: tensor {name} has the scheme {scheme[:80]!r}, this code knows "
                 f"{', '.join(SCHEMES)}; use the code it came with"
             )
-        layouts[name] = SCHEMES[scheme].layout(tuple(shape))
+        layouts[name] = known.layout(tuple(shape))
         total_bytes += sum(_bound(spec) for spec in layouts[name].values())
         if total_bytes > max_bytes:
             raise ArtifactError(
