@@ -42,12 +42,8 @@ def pack(weights: Mapping[str, np.ndarray], config: TrainConfig) -> bytes:
     """The file's content. Real numbers become fp32, whole ones int64; where the data lay is left
     out."""
     arrays = {name: array.astype(_dtype(array), order="C") for name, array in weights.items()}
-    settings = config.model_dump(mode="json", exclude_defaults=True)
-    settings.get("data", {}).pop("dir", None)
-    if "source" in settings:
-        settings["source"] = {"checkpoint": "checkpoint.bin"}
     header = _Header(
-        config=settings,
+        config=config.without_places(),
         tensors=[(name, _dtype(array), list(array.shape)) for name, array in arrays.items()],
     )
     text = header.model_dump_json().encode()

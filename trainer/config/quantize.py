@@ -211,6 +211,10 @@ class CompressConfig(Settings):
     """Effort: 0..9 for zlib and lzma, 0..11 for brotli, 1..22 for zstd."""
     byte_shuffle: bool = False
     """Group bytes of equal significance before coding."""
+    grouping: Literal["type", "role", "role_transposed", "role_sorted"] = "type"
+    """What is coded together. "type": all codes. "role": the codes of one role (query and output,
+    key and value, up, down, embedding). "role_transposed": column after column. "role_sorted": also
+    rows of embedding, query and up matrices in an order of neighbours, which is stored."""
 
     @model_validator(mode="after")
     def _level_exists(self) -> Self:

@@ -116,6 +116,15 @@ class TrainConfig(Settings):
         """Plain JSON types; `TrainConfig.from_dict` inverts it exactly."""
         return self.model_dump(mode="json")
 
+    def without_places(self) -> dict[str, Any]:
+        """What from_dict needs, without settings at their defaults and without the names of files
+        and folders: data.dir is left out, source.checkpoint is "checkpoint.bin"."""
+        tree = self.model_dump(mode="json", exclude_defaults=True)
+        tree.get("data", {}).pop("dir", None)
+        if self.source.checkpoint:
+            tree["source"]["checkpoint"] = "checkpoint.bin"
+        return {group: settings for group, settings in tree.items() if settings}
+
     @classmethod
     def from_dict(cls, tree: Mapping[str, Any]) -> TrainConfig:
         """Inverse of to_dict. Raises ConfigError with every fault."""
