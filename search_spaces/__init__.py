@@ -1,6 +1,7 @@
 """What to try: every search space, in one visible table."""
 
 from search_spaces.learning_rates import LEARNING_RATES
+from search_spaces.quantization import QUANTIZATION
 from search_spaces.sequence_mixes import SEQUENCE_MIXES
 from search_spaces.smoke import SMOKE
 from search_spaces.space import Space
@@ -9,7 +10,14 @@ from search_spaces.window_x_mix import WINDOW_X_MIX
 
 SPACES: dict[str, Space] = {
     space.name: space
-    for space in (SMOKE, LEARNING_RATES, WINDOW_LAYERS, SEQUENCE_MIXES, WINDOW_X_MIX)
+    for space in (
+        SMOKE,
+        LEARNING_RATES,
+        WINDOW_LAYERS,
+        SEQUENCE_MIXES,
+        WINDOW_X_MIX,
+        QUANTIZATION,
+    )
 }
 
 __all__ = ["SPACES", "Space"]
