@@ -3,6 +3,9 @@
 Give the weights with --set source.checkpoint=PATH (a run with runtime.save_checkpoint = true writes
 them); the settings that they were trained with come along. Without, every trial trains the recipe.
 
+Text that the model writes for its calibration takes data.seq_len times the work of as much training
+text; on a slow machine such trials break the cap on training seconds, as they would in a record.
+
 Clips are counted in standard deviations throughout but for two rules by percentile, and the level
 is one that every codec has.
 """
@@ -29,7 +32,7 @@ QUANTIZATION = Space(
         "quantize.mlp_bits": IntDistribution(4, 8),
         "quantize.embed_bits": IntDistribution(5, 8),
         "quantize.calibration": CategoricalDistribution(["train", "self"]),
-        "quantize.calibration_tokens": IntDistribution(8192, 65_536, log=True),
+        "quantize.calibration_tokens": IntDistribution(2048, 16_384, log=True),
         "quantize.low_rank": CategoricalDistribution(["off", "asymmetric", "float16"]),
         "quantize.awq_groups": IntDistribution(0, 2),
         "quantize.scale_bits": CategoricalDistribution([16, 8]),
@@ -43,6 +46,7 @@ QUANTIZATION = Space(
         # int8 and percentiles, as the baseline but for GPTQ
         {
             **GPTQ,
+            "quantize.calibration": "train",
             "quantize.clip": "percentile",
             "quantize.attn_bits": 8,
             "quantize.mlp_bits": 8,
@@ -53,6 +57,7 @@ QUANTIZATION = Space(
         # parameter-golf #1394
         {
             **GPTQ,
+            "quantize.calibration": "train",
             "quantize.clip": "sigma",
             "quantize.clip_sigmas": 12.85,
             "quantize.embed_clip_sigmas": 20.0,
@@ -66,6 +71,7 @@ QUANTIZATION = Space(
         # near the last accepted record, #1855
         {
             **GPTQ,
+            "quantize.calibration": "train",
             "quantize.clip": "sigma",
             "quantize.clip_sigmas": 12.0,
             "quantize.embed_clip_sigmas": 14.0,
@@ -79,6 +85,7 @@ QUANTIZATION = Space(
         # as small as codes get
         {
             **GPTQ,
+            "quantize.calibration": "train",
             "quantize.clip": "hessian_search",
             "quantize.clip_sigmas": 24.0,
             "quantize.embed_clip_sigmas": 32.0,
