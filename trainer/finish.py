@@ -6,6 +6,7 @@ What is scored is the file as read from disk, never the weights in memory.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -15,7 +16,8 @@ from trainer.calibrate import calibrate
 from trainer.code import packed_code
 from trainer.evaluate.bits_per_byte import EvalResult
 from trainer.evaluate.naive_ttt import train_on_validation
-from trainer.quantize import coded_names, dequantize, quantize
+from trainer.quantize import QuantizedState, coded_names, dequantize, quantize
+from trainer.quantize.prune import prune_to_fit
 from trainer.workspace import Workspace
 
 
@@ -98,9 +100,21 @@ class Finish:
             state = work.model.state_dict()
             quantized = quantize(state, work.config.quantize, self.hessians, work.log)
         with work.timer.phase("pack"):
-            blob = artifact.encode(quantized, work.config)
+            blob = self._encode(quantized)
             artifact.write(path, blob)
         return PackedSize(len(packed_code()), len(blob), artifact.sha256(blob))
+
+    def _encode(self, quantized: QuantizedState) -> bytes:
+        """The file's content, made to fit where quantize.prune_to_fit is on."""
+        config, cap = self.work.config, self.work.config.budget.artifact_bytes
+        if not config.quantize.prune_to_fit or cap is None:
+            return artifact.encode(quantized, config)
+        cap -= len(packed_code())
+        encode = partial(artifact.encode, config=config)
+        blob, num_pruned = prune_to_fit(quantized, self.hessians, cap, encode)
+        if num_pruned:
+            self.work.log(f"pruned {num_pruned:,} codes of 1 to fit {cap:,} bytes of model")
+        return blob
 
     def score_artifact(self, path: Path) -> EvalResult:
         """Bits per byte of the file: read it back, decode, load, evaluate on all ranks."""

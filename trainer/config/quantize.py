@@ -116,6 +116,9 @@ class QuantizeConfig(Settings):
     """Bits of control tensors of at least 128 elements, one scale each; 0 = 32-bit floats."""
     scale_bits: Literal[8, 16] = 16
     """16: the scales of rows are fp16. 8: whole multiples of one fp16 step a tensor."""
+    prune_to_fit: bool = False
+    """Where the artifact is over budget.artifact_bytes, its cheapest codes of 1 and -1 become 0
+    until it is not. Packs some times over."""
 
     @model_validator(mode="after")
     def _inputs_are_known(self) -> Self:
