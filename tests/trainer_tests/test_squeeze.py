@@ -60,6 +60,12 @@ def uses_globals(x: int) -> int:
     global total
     total = x; len_ = 3; here = locals()
     return total
+def makes_a_class() -> type:
+    width = 3
+    class Local:
+        width = 4
+        other = width
+    return Local
 async def later() -> None:
     text = """a
     b  c"""
