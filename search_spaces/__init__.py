@@ -2,6 +2,7 @@
 
 from search_spaces.learning_rates import LEARNING_RATES
 from search_spaces.optimizers import OPTIMIZERS
+from search_spaces.quantization import QUANTIZATION
 from search_spaces.recurrence import RECURRENCE
 from search_spaces.sequence_mixes import SEQUENCE_MIXES
 from search_spaces.smoke import SMOKE
@@ -19,6 +20,7 @@ SPACES: dict[str, Space] = {
         SEQUENCE_MIXES,
         WINDOW_X_MIX,
         RECURRENCE,
+        QUANTIZATION,
     )
 }
 

@@ -4,8 +4,9 @@
 
 All integers little-endian. The header is brotli-packed JSON: the run's settings, then name, scheme
 and shape of every tensor, tied names, and the packed size of each stream. There is one stream per
-element type (codes, scales, floats), because each has its own statistics. Sizes of arrays are not
-stored: they follow from scheme and shape, so they cannot disagree.
+element type (codes, scales, floats), because each has its own statistics, and under
+compress.grouping one per role of the codes. Sizes of arrays are not stored: they follow from scheme
+and shape, so they cannot disagree.
 
 The file comes from strangers as often as from us: nothing in it is executed, no name in it is a
 path, and every size is checked before memory is taken. Never pickle, never torch.save.
@@ -20,17 +21,16 @@ import os
 import shutil
 import stat
 import struct
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from trainer.compress import CODECS, compress, decompress
 from trainer.config import TrainConfig
 from trainer.errors import ArtifactError
-from trainer.quantize import SCHEMES, ArraySpec, QuantizedState, QuantizedTensor
+from trainer.quantize import SCHEMES, ArraySpec, QuantizedState, find_scheme
+from trainer.streams import Layouts, gather, itemsize, scatter, stream_sizes
 
 MAGIC = b"\x89CADDIE\n"
 VERSION = 1
@@ -57,25 +57,26 @@ class _Header(BaseModel):
     tensors: list[tuple[Name, str, Annotated[list[Size], Field(max_length=8)]]]
     aliases: dict[Name, Name]
     streams: dict[str, Size]
-    """Element type -> packed bytes, in the order of the file."""
+    """Name of a stream -> packed bytes, in the order of the file."""
 
 
 def encode(quantized: QuantizedState, config: TrainConfig) -> bytes:
     """The file's content; equal input gives equal bytes on every machine.
 
-    data.dir is left out: where the data lay is nobody's business and must not change the size.
+    Settings at their defaults are left out, and so are paths: where things lay is nobody's business
+    and must not change the size.
     """
-    settings = config.to_dict()
-    settings["data"]["dir"] = ""
+    settings = config.without_places()
+    contents = gather(quantized, config.compress.grouping)
     streams = {
-        dtype: compress(data, config.compress, np.dtype(dtype).itemsize)
-        for dtype, data in _gather(quantized).items()
+        stream: compress(data, config.compress, itemsize(stream))
+        for stream, data in contents.items()
     }
     header = _Header(
         config=settings,
         tensors=[(name, t.scheme, list(t.shape)) for name, t in quantized.tensors.items()],
         aliases=dict(quantized.aliases),
-        streams={dtype: len(packed) for dtype, packed in streams.items()},
+        streams={stream: len(packed) for stream, packed in streams.items()},
     )
     text = header.model_dump_json().encode()
     assert len(text) <= _MAX_HEADER_BYTES, "too many tensors for one artifact"
@@ -108,7 +109,9 @@ def decode(blob: bytes) -> tuple[TrainConfig, QuantizedState]:
             f"{sum(header.streams.values()):,}; copy it again"
         )
     contents = _unpack(header, config, layouts, streams)
-    return config, _scatter(header, layouts, contents)
+    schemes = {name: (scheme, tuple(shape)) for name, scheme, shape in header.tensors}
+    tensors = scatter(schemes, layouts, contents, config.compress.grouping)
+    return config, QuantizedState(tensors, dict(header.aliases))
 
 
 def write(path: Path, blob: bytes) -> None:
@@ -146,17 +149,6 @@ def sha256(blob: bytes) -> str:
     return hashlib.sha256(blob).hexdigest()
 
 
-def _gather(quantized: QuantizedState) -> dict[str, bytes]:
-    """Element type -> the content of all arrays of that type, tensor after tensor."""
-    parts: dict[str, list[bytes]] = {}
-    for stored in quantized.tensors.values():
-        for name, spec in SCHEMES[stored.scheme].layout(stored.shape).items():
-            array = stored.arrays[name]
-            assert (array.dtype.str, array.shape) == (spec.dtype, spec.shape), "not as laid out"
-            parts.setdefault(spec.dtype, []).append(array.tobytes())
-    return {dtype: b"".join(arrays) for dtype, arrays in parts.items()}
-
-
 def _split(blob: bytes) -> tuple[bytes, int, memoryview]:
     """Packed header, its unpacked size, and the bytes of all streams."""
     if blob[: len(MAGIC)] != MAGIC:
@@ -180,22 +172,20 @@ def _split(blob: bytes) -> tuple[bytes, int, memoryview]:
     return bytes(body[_PREFIX.size : end]), text_size, body[end:]
 
 
-Layouts = dict[str, dict[str, ArraySpec]]
-
-
-def _checked_layouts(header: _Header, max_bytes: int) -> Layouts:
+def _checked_layouts(header: _Header, max_bytes: int) -> dict[str, dict[str, ArraySpec]]:
     """Tensor name -> its arrays, after every rule on names and sizes has been checked."""
-    layouts: Layouts = {}
+    layouts: dict[str, dict[str, ArraySpec]] = {}
     total_bytes = 0
     for name, scheme, shape in header.tensors:
         if name in layouts:
             raise ArtifactError(f"artifact: tensor {name} is stored twice; pack the model again")
-        if scheme not in SCHEMES:
+        known = find_scheme(scheme)
+        if known is None:
             raise ArtifactError(
                 f"artifact: tensor {name} has the scheme {scheme[:80]!r}, this code knows "
                 f"{', '.join(SCHEMES)}; use the code it came with"
             )
-        layouts[name] = SCHEMES[scheme].layout(tuple(shape))
+        layouts[name] = known.layout(tuple(shape))
         total_bytes += sum(_bound(spec) for spec in layouts[name].values())
         if total_bytes > max_bytes:
             raise ArtifactError(
@@ -214,10 +204,8 @@ def _checked_layouts(header: _Header, max_bytes: int) -> Layouts:
 def _unpack(
     header: _Header, config: TrainConfig, layouts: Layouts, streams: memoryview
 ) -> dict[str, memoryview]:
-    """Element type -> unpacked content."""
-    sizes: dict[str, int] = {}
-    for spec in _specs(layouts):
-        sizes[spec.dtype] = sizes.get(spec.dtype, 0) + spec.nbytes
+    """Name of a stream -> unpacked content."""
+    sizes = stream_sizes(layouts, config.compress.grouping)
     if list(sizes) != list(header.streams):
         raise ArtifactError(
             f"artifact: its streams {', '.join(header.streams)[:80]} are not those of its "
@@ -225,32 +213,12 @@ def _unpack(
         )
     contents: dict[str, memoryview] = {}
     start = 0
-    for dtype, packed_size in header.streams.items():
+    for stream, packed_size in header.streams.items():
         packed = bytes(streams[start : start + packed_size])
-        itemsize = np.dtype(dtype).itemsize
-        contents[dtype] = memoryview(decompress(packed, config.compress, sizes[dtype], itemsize))
+        data = decompress(packed, config.compress, sizes[stream], itemsize(stream))
+        contents[stream] = memoryview(data)
         start += packed_size
     return contents
-
-
-def _scatter(header: _Header, layouts: Layouts, contents: dict[str, memoryview]) -> QuantizedState:
-    """Cut the unpacked streams into arrays."""
-    used = dict.fromkeys(contents, 0)
-    tensors: dict[str, QuantizedTensor] = {}
-    for name, scheme, shape in header.tensors:
-        arrays: dict[str, np.ndarray] = {}
-        for part, spec in layouts[name].items():
-            start = used[spec.dtype]
-            used[spec.dtype] = start + spec.nbytes
-            raw = contents[spec.dtype][start : used[spec.dtype]]
-            arrays[part] = np.frombuffer(raw, np.dtype(spec.dtype)).reshape(spec.shape)
-        tensors[name] = QuantizedTensor(scheme, tuple(shape), arrays)
-    return QuantizedState(tensors, dict(header.aliases))
-
-
-def _specs(layouts: Layouts) -> Iterator[ArraySpec]:
-    for specs in layouts.values():
-        yield from specs.values()
 
 
 def _bound(spec: ArraySpec) -> int:

@@ -1,10 +1,10 @@
 """The code that counts towards the artifact: what a run needs to train, pack and score.
 
 The list is derived by following imports from `trainer.loop`, so it is never out of date; recipes,
-data preparation and the command line are not in it. Docstrings and comments are taken out, the rest
-is compressed. Text is cut by token, not printed anew from the syntax tree, so that every version of
-Python gives the same bytes and a size predicted on one machine is the size measured on another.
-Annotations stay: dataclasses, pydantic and custom operators read them.
+data preparation and the command line are not in it, nor is the packing of code. Docstrings and
+comments are taken out, then what squeeze.py finds; the rest is compressed. Text is cut by token,
+not printed anew from the syntax tree, so that every version of Python gives the same bytes and a
+size predicted on one machine is the size measured on another.
 
 A self-contained train_gpt.py will be made from the same list. Loads without torch.
 """
@@ -15,7 +15,6 @@ import ast
 import functools
 import io
 import itertools
-import json
 import lzma
 import re
 import tokenize
@@ -26,9 +25,18 @@ from tokenize import TokenInfo
 import brotli
 
 from trainer.errors import ArtifactError
+from trainer.squeeze import squeezed
 
 ENTRY = "trainer.loop"
 """Module from which everything a run needs is reached."""
+PACKED_FILE = "code.bin"
+"""Name of the packed code, where it is unpacked to run."""
+
+PACKED_FORM = f"""from pathlib import Path
+def packed_code():
+ return Path(__file__).parents[1].joinpath({PACKED_FILE!r}).read_bytes()
+"""
+"""This module in the packed code, which need not pack itself: it is the file beside the package."""
 
 _PACKAGE = Path(__file__).parent
 _LZMA = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}]
@@ -39,17 +47,20 @@ _BLANK = (tokenize.INDENT, tokenize.DEDENT, tokenize.NL, tokenize.COMMENT)
 def packed_code() -> bytes:
     """The counted code, packed; its length is `bytes_code`. Equal source gives equal bytes."""
     sources = {
-        _file(module).relative_to(_PACKAGE.parent).as_posix(): stripped(_file(module).read_text())
+        _file(module).relative_to(_PACKAGE.parent).as_posix(): (
+            PACKED_FORM if module == __name__ else squeezed(stripped(_file(module).read_text()))
+        )
         for module in counted_modules()
     }
-    text = json.dumps(sources, sort_keys=True, separators=(",", ":")).encode()
+    text = "\0".join(f"{path}\n{source}" for path, source in sorted(sources.items())).encode()
     by_brotli: bytes = b"B" + brotli.compress(text, quality=11, lgwin=24)
     by_lzma = b"L" + lzma.compress(text, format=lzma.FORMAT_RAW, filters=_LZMA)
     return min(by_brotli, by_lzma, key=len)
 
 
 def unpacked_code(packed: bytes) -> dict[str, str]:
-    """Inverse of packed_code: path in the repository -> stripped source. Ours only, not strangers'.
+    """Inverse of packed_code: path in the repository -> shortened source. For our own code only. To
+    run it, write these files, and the packed code itself beside them as PACKED_FILE.
 
     Raises: ArtifactError when it is not packed code.
     """
@@ -58,7 +69,10 @@ def unpacked_code(packed: bytes) -> dict[str, str]:
             text = brotli.decompress(packed[1:])
         else:
             text = lzma.decompress(packed[1:], lzma.FORMAT_RAW, filters=_LZMA)
-        return dict(json.loads(text))
+        files = [file.partition("\n") for file in text.decode().split("\0")]
+        if not all(path.endswith(".py") for path, _, _ in files):
+            raise ValueError("it names no modules")
+        return {path: source for path, _, source in files}
     except (brotli.error, lzma.LZMAError, ValueError) as error:
         raise ArtifactError(f"packed code is damaged ({error}); pack it again") from None
 
@@ -72,7 +86,7 @@ def counted_modules() -> list[str]:
         if module in found or not _file(module).is_file():
             continue
         found.add(module)
-        waiting.extend(_imports(_file(module)))
+        waiting.extend([] if module == __name__ else _imports(_file(module)))
         waiting.append(module.rpartition(".")[0] or module)
     return sorted(found)
 

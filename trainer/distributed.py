@@ -8,16 +8,20 @@ over gloo on the CPU, so that they never wait for the device; tensors go over th
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from trainer.errors import BackendError
+from trainer import errors
+from trainer.errors import BackendError, TrainerError
+
+T = TypeVar("T")
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 """A rank that answers nothing for this long is taken for dead."""
@@ -115,6 +119,21 @@ class Group:
     def max_float(self, value: float) -> float:
         """Maximum over ranks of one host number."""
         return self.max_floats(value)[0]
+
+    def on_main(self, work: Callable[[], T]) -> T | None:
+        """Do something on rank 0 while the others wait; None there. A TrainerError that it raises
+        is raised on every rank."""
+        outcome, failure = None, ""
+        if self.is_main:
+            try:
+                outcome = work()
+            except TrainerError as error:
+                failure = f"{type(error).__name__}:{error}"
+        failure = self.broadcast_bytes(failure.encode() if self.is_main else None).decode()
+        if failure:
+            kind, _, message = failure.partition(":")
+            raise getattr(errors, kind)(message)
+        return outcome
 
     def broadcast_bytes(self, blob: bytes | None) -> bytes:
         """Rank 0's bytes on every rank; the others pass None."""

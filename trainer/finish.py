@@ -6,17 +6,18 @@ What is scored is the file as read from disk, never the weights in memory.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 
-from trainer import artifact
+from trainer import artifact, checkpoint
 from trainer.calibrate import calibrate
 from trainer.code import packed_code
-from trainer.errors import ArtifactError
 from trainer.evaluate.bits_per_byte import EvalResult
 from trainer.evaluate.naive_ttt import train_on_validation
-from trainer.quantize import coded_names, dequantize, quantize
+from trainer.quantize import QuantizedState, coded_names, dequantize, quantize
+from trainer.quantize.prune import prune_to_fit
 from trainer.workspace import Workspace
 
 
@@ -60,6 +61,17 @@ class Finish:
                 f"{reserve:g}; raise it, or lower quantize.calibration_tokens"
             )
 
+    def save_checkpoint(self, path: Path) -> None:
+        """Write the weights in memory on rank 0. A failure there is raised on every rank."""
+        work = self.work
+
+        def write() -> None:
+            weights = {name: value.cpu().numpy() for name, value in work.model.state_dict().items()}
+            artifact.write(path, checkpoint.pack(weights, work.config))
+
+        with work.timer.phase("checkpoint"):
+            work.group.on_main(write)
+
     def score_prequant(self, steps: int, elapsed_s: float) -> EvalResult | None:
         """Bits per byte of the weights in memory, in plain rows; None when switched off."""
         work = self.work
@@ -79,17 +91,8 @@ class Finish:
 
     def pack(self, path: Path) -> PackedSize:
         """Quantise, pack and write on rank 0. A failure there is raised on every rank."""
-        group = self.work.group
-        failure, size = "", PackedSize(0, 0, "")
-        if group.is_main:
-            try:
-                size = self._write_artifact(path)
-            except ArtifactError as error:
-                failure = str(error)
-        failure = group.broadcast_bytes(failure.encode() if group.is_main else None).decode()
-        if failure:
-            raise ArtifactError(failure)
-        return size
+        size = self.work.group.on_main(lambda: self._write_artifact(path))
+        return size or PackedSize(0, 0, "")
 
     def _write_artifact(self, path: Path) -> PackedSize:
         work = self.work
@@ -97,9 +100,21 @@ class Finish:
             state = work.model.state_dict()
             quantized = quantize(state, work.config.quantize, self.hessians, work.log)
         with work.timer.phase("pack"):
-            blob = artifact.encode(quantized, work.config)
+            blob = self._encode(quantized)
             artifact.write(path, blob)
         return PackedSize(len(packed_code()), len(blob), artifact.sha256(blob))
+
+    def _encode(self, quantized: QuantizedState) -> bytes:
+        """The file's content, made to fit where quantize.prune_to_fit is on."""
+        config, cap = self.work.config, self.work.config.budget.artifact_bytes
+        if not config.quantize.prune_to_fit or cap is None:
+            return artifact.encode(quantized, config)
+        cap -= len(packed_code())
+        encode = partial(artifact.encode, config=config)
+        blob, num_pruned = prune_to_fit(quantized, self.hessians, cap, encode)
+        if num_pruned:
+            self.work.log(f"pruned {num_pruned:,} codes of 1 to fit {cap:,} bytes of model")
+        return blob
 
     def score_artifact(self, path: Path) -> EvalResult:
         """Bits per byte of the file: read it back, decode, load, evaluate on all ranks."""

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
 from service.commands.terminal import named
 from trainer.config import TrainConfig, parse_overrides
 from trainer.recipes import RECIPES, Recipe
+
+CHECKPOINT = "source.checkpoint"
+NOT_OF_WEIGHTS = ("runtime", "source")
+"""Groups of settings that say nothing about trained weights."""
 
 
 def recipe_named(name: str) -> Recipe:
@@ -37,4 +44,27 @@ def settings(base: TrainConfig, sets: list[str] | None) -> dict[str, object]:
             overrides[path] = text
         elif text.lower() == "none":
             overrides[path] = None
+    if overrides.get(CHECKPOINT):  # a run may have another working directory
+        overrides[CHECKPOINT] = str(Path(str(overrides[CHECKPOINT])).absolute())
     return overrides
+
+
+def settings_of_source(
+    base: TrainConfig, overrides: Mapping[str, object], axes: Collection[str]
+) -> dict[str, object]:
+    """What the weights of --set source.checkpoint were trained with, where that is not the recipe's
+    and nobody asks for something else: a sweep on them needs no more than their file.
+
+    Raises: ArtifactError when there is no such file.
+    """
+    path = overrides.get(CHECKPOINT)
+    if not path:
+        return {}
+    from trainer.checkpoint import read_config
+
+    trained = read_config(Path(str(path))).difference(base)
+    return {
+        path: value
+        for path, value in trained.items()
+        if path not in axes and path != "data.dir" and path.split(".")[0] not in NOT_OF_WEIGHTS
+    }

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from service.commands.data import data_for
-from service.commands.recipe_config import recipe_named
+from service.commands.recipe_config import recipe_named, settings_of_source
 from service.commands.recipe_config import settings as overrides_from
 from service.commands.study_files import artifact_root, study_dir, tracking_uri
 from service.commands.terminal import messages, named, say
@@ -80,6 +80,7 @@ def make_plan(
             f"--set {', '.join(clash)}: the space {chosen.name} varies it; fix it with `caddie "
             "train`, or write a space without that axis"
         )
+    overrides = settings_of_source(base, overrides, chosen.axes) | overrides
     budget = {f"budget.{name}": value for name, value in track.budget().model_dump().items()}
     config = base.with_overrides({**budget, **overrides})
     if "data.dir" not in overrides:
@@ -114,6 +115,7 @@ def drive(plan: Plan, study: optuna.Study) -> bool:
             with live:
                 _loop(scheduler, signals, live, plan.settings.grace_seconds)
                 live.say("ending: stopping workers and mirroring")
+                draw_picture(plan, study)
         finally:
             scheduler.close()
     fine = (Ending.ENOUGH.value, Ending.REQUESTED.value)
@@ -121,6 +123,16 @@ def drive(plan: Plan, study: optuna.Study) -> bool:
         live.say(f"error: {scheduler.ending}", "red")
         return False
     return True
+
+
+def draw_picture(plan: Plan, study: optuna.Study) -> None:
+    """Put the picture of bytes against loss into the study's folder, before the last mirroring."""
+    from service.reports.study_view import view_trials
+    from service.reports.trade_picture import write_trade
+
+    folder = study_dir(plan.settings, plan.name)
+    cap = plan.overrides.get("budget.artifact_bytes", plan.track.artifact_bytes)
+    write_trade(view_trials(study, folder), cap, folder)
 
 
 def _make_scheduler(plan: Plan, study: optuna.Study, live: LiveTable) -> Scheduler:

@@ -26,6 +26,7 @@ def show_summary(
     """Print it to standard output."""
     from service.reports.leaderboard import leaderboard
     from service.reports.study_view import view_trials
+    from service.reports.trade_picture import FILE
 
     trials = view_trials(study, study_dir(settings, name))
     console = output()
@@ -52,6 +53,9 @@ def show_summary(
             "the same command goes on"
         )
     elsewhere = "" if settings.out == ServiceSettings().out else f" --out {settings.out}"
+    picture = study_dir(settings, name) / FILE
+    if picture.exists():
+        console.print(f"Bytes against loss: {picture}")
     console.print("Look further:")
     console.print(f"  caddie ui {name}{elsewhere}")
     shown = status.best.number if status.best is not None else 0

@@ -7,6 +7,11 @@ weight on the largest code, normally distributed weights hold 5.5 of 6 or 7.4 of
 raw; the published baseline, 15,863,489 bytes, has 0.93; uniform rows would hold nearly all. Where
 floor_by_levels keeps steps coarse, small weights use few codes: the published #1212 has 0.69 and
 #675 0.71, and how much it is depends on the size of the weights.
+
+Where the clip is k standard deviations, raw counts the entropy of a normal distribution in such
+steps instead, log2(sqrt(2 pi e) c / k) with c the largest code: 3.3 bits at 6 bits and k = 12.85,
+whatever the weights. That holds for all widths and clips alike, so what one trial teaches serves
+the others.
 """
 
 from __future__ import annotations
@@ -20,17 +25,22 @@ from service.filters.base import Filter
 from service.trial import TrialSpec, Verdict
 from trainer.account import parameter_table
 from trainer.code import packed_code
-from trainer.config import TrainConfig
+from trainer.config import QuantizeConfig, TrainConfig
+from trainer.config.quantize import SIGMA_CLIPS
 from trainer.report import TrainResult
 
 FLOAT_BITS = 16
-SCALE_BYTES = 2
-"""One fp16 scale per row."""
 PRIOR_RATIO = 0.93
 PRIOR_SPREAD = 0.05
 FLOORED_RATIO = 0.70
 FLOORED_SPREAD = 0.08
 """The prior under quantize.floor_by_levels."""
+SIGMA_RATIO = 1.02
+SIGMA_SPREAD = 0.05
+"""The prior where clips are standard deviations: the published #1894, 15,949,492 bytes."""
+GAUSSIAN = math.sqrt(2 * math.pi * math.e)
+LEAST_BITS = 0.5
+"""Of a code, however wide the clip: entropy coders do not go far below."""
 PRIOR_WEIGHT = 2.0
 """The prior counts as this many measured artifacts."""
 LEAST_SPREAD = 0.002
@@ -120,6 +130,8 @@ class _Ratios:
 
 
 def _prior(config: TrainConfig) -> _Ratios:
+    if config.quantize.clip in SIGMA_CLIPS:
+        return _Ratios(SIGMA_RATIO, SIGMA_SPREAD)
     if config.quantize.floor_by_levels:
         return _Ratios(FLOORED_RATIO, FLOORED_SPREAD)
     return _Ratios(PRIOR_RATIO, PRIOR_SPREAD)
@@ -129,15 +141,24 @@ def raw_bytes(config: TrainConfig) -> float:
     """Bytes of the stored tensors before entropy coding: small ones as 16-bit floats, the others
     at their scheme's bits with one scale a row."""
     quantize = config.quantize
-    bits = 0
+    bits = 0.0
     for name, shape in parameter_table(config.model).items():
         numel = math.prod(shape)
         if numel <= quantize.keep_float_max_numel:
             bits += FLOAT_BITS * numel
             continue
-        coded = quantize.bits_of(name, config.model.num_layers)
-        bits += coded * numel + 8 * SCALE_BYTES * shape[0]
+        coded = _code_bits(quantize, name, quantize.bits_of(name, config.model.num_layers))
+        bits += coded * numel + quantize.scale_bits * shape[0]
     return bits / 8
+
+
+def _code_bits(quantize: QuantizeConfig, name: str, bits: int) -> float:
+    """Bits of a code: its width, or less where the clip sets the entropy."""
+    if quantize.clip not in SIGMA_CLIPS:
+        return bits
+    levels = 2 ** (bits - 1) - 1
+    sigmas = quantize.for_tensor(name).clip_sigmas
+    return min(float(bits), max(LEAST_BITS, math.log2(GAUSSIAN * levels / sigmas)))
 
 
 @cache
@@ -147,20 +168,27 @@ def code_bytes() -> int:
 
 
 def _kind(config: TrainConfig) -> tuple[object, ...]:
+    """What must be equal for one artifact's ratio to say something of another's."""
     quantize, compress = config.quantize, config.compress
-    return (
+    widths: tuple[object, ...] = (
         quantize.scheme,
         quantize.embed_bits,
         quantize.matrix_bits,
         quantize.attn_bits,
         quantize.mlp_bits,
+        quantize.qk_bits,
         quantize.outer_layers,
         quantize.outer_bits,
-        quantize.keep_float_max_numel,
         quantize.clip_percentile,
-        quantize.clip,
         quantize.scale_floor,
         quantize.floor_by_levels,
+    )
+    return (
+        *(() if quantize.clip in SIGMA_CLIPS else widths),
+        quantize.clip,
+        quantize.keep_float_max_numel,
+        quantize.scale_bits,
+        quantize.low_rank,
         compress.codec,
         compress.byte_shuffle,
     )

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -121,8 +122,10 @@ class MlflowMirror:
         """Mark the study's run as running, creating it when needed."""
         self._client.update_run(self._parent_run(), status="RUNNING")
 
-    def close_study(self) -> None:
-        """Mark the study's run as finished."""
+    def close_study(self, pictures: Iterable[Path] = ()) -> None:
+        """Mark the study's run as finished, with pictures of the whole study."""
+        for picture in pictures:
+            self._client.log_artifact(self._parent_run(), str(picture))
         self._client.set_terminated(self._parent_run(), status="FINISHED")
 
     def _send_metrics(self, folder: Path, progress: Progress, run_id: str) -> Progress:

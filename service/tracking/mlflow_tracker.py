@@ -61,6 +61,7 @@ class MlflowTracker:
     ) -> None:
         study_dir.mkdir(parents=True, exist_ok=True)
         self._study = study
+        self._study_dir = study_dir
         self._study_id = _study_id(study_dir)
         self._uri = tracking_uri
         self._shown_uri = mask_passwords(tracking_uri)
@@ -139,7 +140,7 @@ class MlflowTracker:
             mirror = self._connected()
             self._pass(mirror)
             if closing:
-                mirror.close_study()
+                mirror.close_study(sorted(self._study_dir.glob("*.svg")))
         except Exception as error:  # whatever the client raises: the sweep must go on
             self._report(error)
             return False

@@ -92,6 +92,32 @@ def test_the_published_artifact_is_within_the_forecast(name: str, model_bytes: i
     assert forecast.probability_over(16e6) < 0.9, "or no sweep would launch it"
 
 
+def test_sigma_clips_set_the_bits_of_a_code() -> None:
+    """3.32 bits at 6 bits and 12.85, 4.71 at 8 bits and 20 (the reference's reckoning of #1894);
+    as many as the codes have where the clip is narrow."""
+    plain = {"quantize.scheme": "int6", "quantize.clip": "sigma"}
+    matrices, embedding = 16_515_072, 1024 * 512
+    published = GOLF.with_overrides(
+        {**plain, "quantize.embed_bits": 8, "quantize.embed_clip_sigmas": 20.0}
+    )
+    full = raw_bytes(GOLF.with_overrides({"quantize.scheme": "int6", "quantize.embed_bits": 8}))
+    saved = (6 - 3.318) * matrices / 8 + (8 - 4.714) * embedding / 8
+    assert raw_bytes(published) == pytest.approx(full - saved, rel=1e-3)
+    narrow = GOLF.with_overrides({**plain, "quantize.clip_sigmas": 1.5})
+    assert raw_bytes(narrow) == raw_bytes(GOLF.with_overrides({"quantize.scheme": "int6"}))
+    size = ArtifactSize()
+    size.learn(published, result_of(bytes_model=9_000_000, bytes_code=1))
+    assert size.forecast(narrow).measured == 1, "the ratio carries over to other clips"
+
+
+def test_a_run_without_steps_of_its_own_needs_no_minimum_of_them() -> None:
+    short = TINY.with_overrides({"budget.min_steps": 20})
+    restored = short.with_overrides({"source.checkpoint": "checkpoint.bin"})
+    verdict = StepTime().after_finish(spec_of(short), result_of(steps=0))
+    assert verdict is not None and not verdict.ok
+    assert StepTime().after_finish(spec_of(restored), result_of(steps=0)) is None
+
+
 def test_forecast_learns_ratio_and_spread_per_way_of_coding() -> None:
     size = ArtifactSize()
     before = size.forecast(GOLF)

@@ -253,8 +253,8 @@ def test_a_header_written_anew_still_decodes() -> None:
 def _set(*path: Any, to: object) -> Callable[[dict[str, Any]], None]:
     def change(header: dict[str, Any]) -> None:
         node: Any = header
-        for step in path[:-1]:
-            node = node[step]
+        for step in path[:-1]:  # settings at their defaults are left out
+            node = node.setdefault(step, {}) if isinstance(node, dict) else node[step]
         node[path[-1]] = to
 
     return change

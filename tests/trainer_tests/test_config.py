@@ -68,7 +68,7 @@ def test_what_is_no_leaf_is_unknown(path: str) -> None:
         ("model.num_layers", None),
         ("model.num_layers", 0),
         ("quantize.scheme", "int5"),
-        ("quantize.embed_bits", 7),
+        ("quantize.embed_bits", 9),
         ("quantize.clip_percentile", 50),
         ("compress.level", 23),
         ("data.dir", 3),
@@ -176,6 +176,7 @@ OUTSIDE_THE_DIGEST = {
     "runtime.prime_steps": 99,
     "runtime.log_every": 99,
     "runtime.val_every": 99,
+    "runtime.save_checkpoint": True,
 }
 
 

@@ -103,7 +103,8 @@ def test_inside_the_clip_a_weight_is_at_most_half_a_step_off(scheme: str, case: 
     smallest_step = 2.0**-25
     levels = SCHEMES[scheme].levels  # type: ignore[attr-defined]
     bound = (0.5001 * step).clamp(min=levels * smallest_step)
-    assert ((decoded - tensor).abs().reshape(rows) <= bound).all()
+    reached = (tensor.abs() <= levels * 65504).reshape(rows)
+    assert ((decoded - tensor).abs().reshape(rows) <= bound)[reached].all()
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -291,9 +292,9 @@ def test_bits_follow_the_kind_of_tensor_and_the_place_of_the_block() -> None:
     "path",
     ["quantize.matrix_bits", "quantize.attn_bits", "quantize.mlp_bits", "quantize.outer_bits"],
 )
-@pytest.mark.parametrize("bits", [3, 7, 16])
+@pytest.mark.parametrize("bits", [3, 9, 16])
 def test_a_width_without_a_kernel_is_refused_with_its_path(path: str, bits: int) -> None:
-    with pytest.raises(ConfigError, match=rf"{path} = {bits}: input should be .*5, 6 or 8"):
+    with pytest.raises(ConfigError, match=rf"{path} = {bits}: input should be .*6, 7 or 8"):
         TrainConfig().with_overrides({path: bits})
 
 

@@ -15,6 +15,7 @@ from trainer.config.optim import AverageConfig, LossConfig, OptimConfig, Schedul
 from trainer.config.qat_lite import QatLiteConfig
 from trainer.config.quantize import CODEC_LEVELS, CompressConfig, QuantizeConfig
 from trainer.config.run import BudgetConfig, RuntimeConfig
+from trainer.config.source import SourceConfig
 from trainer.config.train import TrainConfig, describe_faults, parse_overrides
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "RuntimeConfig",
     "ScheduleConfig",
     "Settings",
+    "SourceConfig",
     "TrainConfig",
     "describe_faults",
     "parse_overrides",

@@ -19,6 +19,7 @@ from trainer.config.qat_lite import QatLiteConfig
 from trainer.config.quantize import CompressConfig, QuantizeConfig
 from trainer.config.recurrence import Phase, parse_phases
 from trainer.config.run import BudgetConfig, RuntimeConfig
+from trainer.config.source import SourceConfig
 from trainer.errors import ConfigError
 
 
@@ -37,6 +38,7 @@ class TrainConfig(Settings):
     loss: LossConfig = LossConfig()
     average: AverageConfig = AverageConfig()
     qat_lite: QatLiteConfig = QatLiteConfig()
+    source: SourceConfig = SourceConfig()
 
     @model_validator(mode="after")
     def _schedule_has_a_budget(self) -> Self:
@@ -72,7 +74,7 @@ class TrainConfig(Settings):
 
     def _calibration_faults(self) -> list[str]:
         seconds, reserve = self.budget.train_seconds, self.quantize.reserve_seconds
-        if self.quantize.method != "gptq" or seconds is None:
+        if self.quantize.method != "gptq" or seconds is None or self.source.skips_training:
             return []
         if reserve == 0:
             return [
@@ -172,6 +174,15 @@ class TrainConfig(Settings):
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; `TrainConfig.from_dict` inverts it exactly."""
         return self.model_dump(mode="json")
+
+    def without_places(self) -> dict[str, Any]:
+        """What from_dict needs, without settings at their defaults and without the names of files
+        and folders: data.dir is left out, source.checkpoint is "checkpoint.bin"."""
+        tree = self.model_dump(mode="json", exclude_defaults=True)
+        tree.get("data", {}).pop("dir", None)
+        if self.source.checkpoint:
+            tree["source"]["checkpoint"] = "checkpoint.bin"
+        return {group: settings for group, settings in tree.items() if settings}
 
     @classmethod
     def from_dict(cls, tree: Mapping[str, Any]) -> TrainConfig:

@@ -21,9 +21,10 @@ import torch
 from torch import nn
 
 from trainer.config import QuantizeConfig
-from trainer.quantize import SCHEMES, coded_names
+from trainer.quantize import coded_names
 from trainer.quantize.per_row import PerRow
 from trainer.quantize.rules import choose_scheme, count_layers
+from trainer.quantize.schemes import scheme_named
 
 
 class QuantizationAware:
@@ -31,14 +32,14 @@ class QuantizationAware:
 
     def __init__(self, model: nn.Module, config: QuantizeConfig) -> None:
         self._config = config
-        self._coded: list[tuple[nn.Parameter, PerRow]] = []
+        self._coded: list[tuple[nn.Parameter, PerRow, QuantizeConfig]] = []
         parameters = dict(model.named_parameters())
         num_layers = count_layers(parameters)
         for name in coded_names(parameters, config):
             parameter = parameters[name]
-            scheme = SCHEMES[choose_scheme(name, tuple(parameter.shape), config, num_layers)]
+            scheme = scheme_named(choose_scheme(name, tuple(parameter.shape), config, num_layers))
             assert isinstance(scheme, PerRow)
-            self._coded.append((parameter, scheme))
+            self._coded.append((parameter, scheme, config.for_tensor(name)))
 
     def starts_by(self, progress: float) -> bool:
         """Whether the step at this share of the budget is quantisation-aware."""
@@ -52,12 +53,12 @@ class QuantizationAware:
             yield
             return
         with torch.no_grad():
-            masters = [parameter.detach().clone() for parameter, _ in self._coded]
-            for parameter, scheme in self._coded:
-                parameter.copy_(scheme.fake(parameter.detach(), self._config))
+            masters = [parameter.detach().clone() for parameter, _, _ in self._coded]
+            for parameter, scheme, config in self._coded:
+                parameter.copy_(scheme.fake(parameter.detach(), config))
         try:
             yield
         finally:
             with torch.no_grad():
-                for (parameter, _), master in zip(self._coded, masters, strict=True):
+                for (parameter, _, _), master in zip(self._coded, masters, strict=True):
                     parameter.copy_(master)

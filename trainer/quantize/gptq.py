@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from trainer.config import QuantizeConfig
-from trainer.quantize.per_row import Grid, PerRow, as_rows
+from trainer.quantize.grid import Grid, divisor
+from trainer.quantize.per_row import PerRow, as_rows
 
 BLOCK_COLUMNS = 128
 """Columns that are solved before the columns after them are brought up to date."""
@@ -25,7 +26,11 @@ TRIES = 4
 
 
 def encode_gptq(
-    tensor: Tensor, scheme: PerRow, config: QuantizeConfig, hessian_CC: Tensor
+    tensor: Tensor,
+    scheme: PerRow,
+    config: QuantizeConfig,
+    hessian_CC: Tensor,
+    starts: tuple[int, ...] = (),
 ) -> dict[str, np.ndarray] | None:
     """The arrays of a tensor, as `scheme.encode` gives them; None when the Hessian cannot be
     factorised (too little calibration).
@@ -34,18 +39,20 @@ def encode_gptq(
     objective it may lose, rarely and by little.
 
     Args:
+        config: of this tensor (`QuantizeConfig.for_tensor`).
         hessian_CC: symmetric, mean of x x^T over calibration tokens, on the tensor's device.
+        starts: first columns of the scheme's groups at 8 bits.
     """
     weights_RC = as_rows(tensor)
-    grid = scheme.grid(weights_RC, config)
+    grid = scheme.grid(weights_RC, config, hessian_CC.diagonal(), starts)
+    codes_RC = scheme.round(weights_RC, grid)
     solved_RC = gptq_codes(weights_RC, grid, scheme.levels, hessian_CC, config)
     if solved_RC is None:
         return None
-    rounded_RC = scheme.round(weights_RC, grid)
     loss_of_solved_R = output_error(weights_RC, solved_RC, grid, hessian_CC)
-    loss_of_rounded_R = output_error(weights_RC, rounded_RC, grid, hessian_CC)
+    loss_of_rounded_R = output_error(weights_RC, codes_RC, grid, hessian_CC)
     is_better_R1 = (loss_of_solved_R <= loss_of_rounded_R)[:, None]
-    codes_RC = torch.where(is_better_R1, solved_RC, rounded_RC)
+    codes_RC = torch.where(is_better_R1, solved_RC, codes_RC)
     return scheme.arrays(codes_RC, grid, tuple(tensor.shape))
 
 
@@ -65,13 +72,19 @@ def gptq_codes(
     factor_CC = _factor(hessian_CC[order_C][:, order_C], config.damping)
     if factor_CC is None:
         return None
-    codes_RC = _solve(left_RC[:, order_C], grid, levels, factor_CC)
+    levels_C = grid.levels_C(levels, len(order_C))
+    codes_RC = _solve(
+        left_RC[:, order_C],
+        grid.scales_RC(len(order_C))[:, order_C] if grid.high else grid.scales_RC(len(order_C)),
+        [levels_C[column] for column in order_C.tolist()],
+        factor_CC,
+    )
     return codes_RC[:, torch.argsort(order_C)].to(torch.int8)
 
 
 def output_error(weights_RC: Tensor, codes_RC: Tensor, grid: Grid, hessian_CC: Tensor) -> Tensor:
     """(w - q) H (w - q)^T of each row, [R], fp64."""
-    decoded_RC = codes_RC.double() * grid.scales_R.double()[:, None]
+    decoded_RC = codes_RC.double() * grid.scales_RC(codes_RC.size(1)).double()
     error_RC = weights_RC.double() - decoded_RC
     return ((error_RC @ hessian_CC.double()) * error_RC).sum(1)
 
@@ -93,18 +106,21 @@ def _factor(hessian_CC: Tensor, damping: float) -> Tensor | None:
     return None
 
 
-def _solve(left_RC: Tensor, grid: Grid, levels: int, factor_CC: Tensor) -> Tensor:
+def _solve(left_RC: Tensor, scales_RC: Tensor, levels_C: list[int], factor_CC: Tensor) -> Tensor:
     """Codes as whole fp64 numbers, columns in the order given; `left_RC` is used up."""
     codes_RC = torch.zeros_like(left_RC)
-    divisor_R, scales_R = grid.divisor_R.double(), grid.scales_R.double()
+    scales_RC = scales_RC.double()
+    divisor_RC = divisor(scales_RC)
     for start in range(0, left_RC.size(1), BLOCK_COLUMNS):
         end = min(start + BLOCK_COLUMNS, left_RC.size(1))
         block_RB, factor_BB = left_RC[:, start:end], factor_CC[start:end, start:end]
         errors_RB = torch.zeros_like(block_RB)
         for column in range(end - start):
             weights_R = block_RB[:, column]
-            codes_R = (weights_R / divisor_R).round_().clamp_(-levels, levels)
-            errors_R = (weights_R - codes_R * scales_R) / factor_BB[column, column]
+            levels = levels_C[start + column]
+            codes_R = (weights_R / divisor_RC[:, start + column]).round_().clamp_(-levels, levels)
+            left_R = weights_R - codes_R * scales_RC[:, start + column]
+            errors_R = left_R / factor_BB[column, column]
             block_RB[:, column + 1 :].addr_(errors_R, factor_BB[column, column + 1 :], alpha=-1)
             codes_RC[:, start + column] = codes_R
             errors_RB[:, column] = errors_R

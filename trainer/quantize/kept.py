@@ -30,3 +30,24 @@ class Kept:
 
     def decode(self, arrays: Mapping[str, np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
         return arrays["values"].reshape(shape).astype(self.computed)
+
+
+@dataclass(frozen=True)
+class Flat:
+    """8 bits with one scale for the whole tensor: control tensors of a compact artifact
+    (parameter-golf #1894)."""
+
+    def layout(self, shape: tuple[int, ...]) -> dict[str, ArraySpec]:
+        return {"codes": ArraySpec("|i1", shape), "scale": ArraySpec("<f2", (1,))}
+
+    def encode(self, tensor: Tensor, config: QuantizeConfig) -> dict[str, np.ndarray]:
+        values = tensor.double().cpu().numpy()
+        largest = np.abs(values).max(initial=0.0)
+        scale = np.clip(largest / 127, 2.0**-24, 65504.0).astype("<f2").reshape(1)
+        codes = np.clip(np.round(values / scale.astype(np.float64)), -127, 127)
+        return {"codes": codes.astype("|i1").reshape(tuple(tensor.shape)), "scale": scale}
+
+    def decode(self, arrays: Mapping[str, np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
+        decoded = arrays["codes"].reshape(shape).astype(np.float32)
+        decoded *= arrays["scale"].astype(np.float32)[0]
+        return decoded

@@ -10,6 +10,9 @@ from fnmatch import fnmatchcase
 
 from trainer.config import QuantizeConfig
 
+FLAT_NUMEL = 128
+"""Control tensors of fewer elements stay floats under quantize.control_bits = 8."""
+
 
 @dataclass(frozen=True)
 class StoreRule:
@@ -45,6 +48,7 @@ def kept_rules(config: QuantizeConfig) -> tuple[StoreRule, ...]:
         StoreRule("*_smear.gate", "float32"),
         StoreRule("*.value_residual.*", "float32"),
         StoreRule("*.lambda_??", "float32"),
+        *([StoreRule("*gate*", f"int{config.gate_bits}")] if config.gate_bits else []),
         StoreRule("*", "float16", max_numel=config.keep_float_max_numel),
     )
 
@@ -55,13 +59,17 @@ def choose_scheme(
     """The scheme of a tensor of real numbers, by its name and size: that of the first rule that
     matches, else codes of as many bits as the settings give to its kind."""
     numel = math.prod(shape)
-    coded = f"int{config.bits_of(name, num_layers)}"
     kept = (
         rule.scheme
         for rule in kept_rules(config)
         if fnmatchcase(name, rule.pattern) and (rule.max_numel is None or numel <= rule.max_numel)
     )
-    return next(kept, coded)
+    scheme = next(kept, f"int{config.bits_of(name, num_layers)}")
+    if scheme == "float32" and config.control_bits == 8 and numel >= FLAT_NUMEL:
+        return "flat8"
+    if config.scale_bits == 8 and re.fullmatch(r"int[4-8]", scheme):
+        return f"{scheme}+u8"
+    return scheme
 
 
 def count_layers(names: Iterable[str]) -> int:
