@@ -24,7 +24,9 @@ from tokenize import TokenInfo
 
 import brotli
 
+from trainer.config import TrainConfig
 from trainer.errors import ArtifactError
+from trainer.needed import left_out
 from trainer.squeeze import squeezed
 
 ENTRY = "trainer.loop"
@@ -33,7 +35,7 @@ PACKED_FILE = "code.bin"
 """Name of the packed code, where it is unpacked to run."""
 
 PACKED_FORM = f"""from pathlib import Path
-def packed_code():
+def packed_code(config):
  return Path(__file__).parents[1].joinpath({PACKED_FILE!r}).read_bytes()
 """
 """This module in the packed code, which need not pack itself: it is the file beside the package."""
@@ -43,15 +45,25 @@ _LZMA = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}]
 _BLANK = (tokenize.INDENT, tokenize.DEDENT, tokenize.NL, tokenize.COMMENT)
 
 
+def packed_code(config: TrainConfig | None = None) -> bytes:
+    """The counted code, packed; its length is `bytes_code`. Equal source gives equal bytes.
+
+    Args:
+        config: the run that it is for: techniques that are off in it are left out. None = all.
+    """
+    return _packed(frozenset() if config is None else left_out(config))
+
+
 @functools.cache
-def packed_code() -> bytes:
-    """The counted code, packed; its length is `bytes_code`. Equal source gives equal bytes."""
+def _packed(without: frozenset[str]) -> bytes:
+    counted = counted_modules(without)
     sources = {
         _file(module).relative_to(_PACKAGE.parent).as_posix(): (
             PACKED_FORM if module == __name__ else squeezed(stripped(_file(module).read_text()))
         )
-        for module in counted_modules()
+        for module in counted
     }
+    sources |= _stand_ins(counted, without)
     text = "\0".join(f"{path}\n{source}" for path, source in sorted(sources.items())).encode()
     by_brotli: bytes = b"B" + brotli.compress(text, quality=11, lgwin=24)
     by_lzma = b"L" + lzma.compress(text, format=lzma.FORMAT_RAW, filters=_LZMA)
@@ -77,13 +89,43 @@ def unpacked_code(packed: bytes) -> dict[str, str]:
         raise ArtifactError(f"packed code is damaged ({error}); pack it again") from None
 
 
-def counted_modules() -> list[str]:
-    """Every module of this package that importing ENTRY brings in, sorted; packages included."""
+def _stand_ins(counted: list[str], without: frozenset[str]) -> dict[str, str]:
+    """For each module that is left out: its path, and a source that binds the names which others
+    import from it to an empty class, so that they load. Nothing calls them."""
+    names: dict[str, set[str]] = {}
+    for module in counted:
+        for node in ast.walk(ast.parse(_file(module).read_text())):
+            if not isinstance(node, ast.ImportFrom) or not node.module:
+                continue
+            bound = {alias.name for alias in node.names}
+            if node.module in without:
+                names.setdefault(node.module, set()).update(bound)
+            for module in {f"{node.module}.{name}" for name in bound} & without:
+                names.setdefault(module, set())
+    return {
+        _file(module).relative_to(_PACKAGE.parent).as_posix(): _stand_in(bound)
+        for module, bound in names.items()
+    }
+
+
+def _stand_in(names: set[str]) -> str:
+    if not names:
+        return "pass\n"
+    first, *others = sorted(names)
+    return f"class {first}:pass\n" + "".join(f"{name}={first}\n" for name in others)
+
+
+def counted_modules(without: frozenset[str] = frozenset()) -> list[str]:
+    """Every module of this package that importing ENTRY brings in, sorted; packages included.
+
+    Args:
+        without: modules that are not followed.
+    """
     found: set[str] = set()
     waiting = [ENTRY]
     while waiting:
         module = waiting.pop()
-        if module in found or not _file(module).is_file():
+        if module in found or module in without or not _file(module).is_file():
             continue
         found.add(module)
         waiting.extend([] if module == __name__ else _imports(_file(module)))

@@ -102,14 +102,14 @@ class Finish:
         with work.timer.phase("pack"):
             blob = self._encode(quantized)
             artifact.write(path, blob)
-        return PackedSize(len(packed_code()), len(blob), artifact.sha256(blob))
+        return PackedSize(len(packed_code(work.config)), len(blob), artifact.sha256(blob))
 
     def _encode(self, quantized: QuantizedState) -> bytes:
         """The file's content, made to fit where quantize.prune_to_fit is on."""
         config, cap = self.work.config, self.work.config.budget.artifact_bytes
         if not config.quantize.prune_to_fit or cap is None:
             return artifact.encode(quantized, config)
-        cap -= len(packed_code())
+        cap -= len(packed_code(config))
         encode = partial(artifact.encode, config=config)
         blob, num_pruned = prune_to_fit(quantized, self.hessians, cap, encode)
         if num_pruned:

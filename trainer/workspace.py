@@ -57,7 +57,8 @@ class Workspace:
         with timer.phase("build"):
             dataset = Dataset.open(config.data.dir, config.model.vocab_size)
             dataset.check_scored_tokens(config.evaluate.seq_len, config.data.val_tokens)
-            check_overlap(dataset, config.data.max_overlap)
+            if config.data.max_overlap < 1:
+                check_overlap(dataset, config.data.max_overlap)
             check_calibration(config, dataset)
             byte_table = ByteTable.from_tokenizer(dataset.tokenizer_path, config.model.vocab_size)
             torch.manual_seed(config.runtime.seed)

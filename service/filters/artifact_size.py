@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from functools import cache
 from statistics import NormalDist
 
 from service.filters.base import Filter
@@ -99,7 +98,7 @@ class ArtifactSize(Filter):
         ratios = self._ratios.get(_kind(config)) or _prior(config)
         raw = raw_bytes(config)
         mean, spread = ratios.posterior()
-        return SizeForecast(code_bytes() + mean * raw, spread * raw, len(ratios.seen))
+        return SizeForecast(code_bytes(config) + mean * raw, spread * raw, len(ratios.seen))
 
     def learn(self, config: TrainConfig, result: TrainResult) -> None:
         if result.bytes_model is not None:
@@ -161,10 +160,9 @@ def _code_bits(quantize: QuantizeConfig, name: str, bits: int) -> float:
     return min(float(bits), max(LEAST_BITS, math.log2(GAUSSIAN * levels / sigmas)))
 
 
-@cache
-def code_bytes() -> int:
-    """Bytes of the packed code that every artifact carries."""
-    return len(packed_code())
+def code_bytes(config: TrainConfig) -> int:
+    """Bytes of the packed code that the artifact of this run carries."""
+    return len(packed_code(config))
 
 
 def _kind(config: TrainConfig) -> tuple[object, ...]:

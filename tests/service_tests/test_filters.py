@@ -81,14 +81,15 @@ def test_prior_covers_the_published_baseline() -> None:
     forecast = ArtifactSize().forecast(GOLF)
     published_model = 15_863_489 - 47_642
     assert forecast.measured == 0
-    assert forecast.mean == pytest.approx(code_bytes() + PRIOR_RATIO * raw_bytes(GOLF))
-    assert forecast.quantile(0.05) < code_bytes() + published_model < forecast.quantile(0.95)
+    assert forecast.mean == pytest.approx(code_bytes(GOLF) + PRIOR_RATIO * raw_bytes(GOLF))
+    assert forecast.quantile(0.05) < code_bytes(GOLF) + published_model < forecast.quantile(0.95)
 
 
 @pytest.mark.parametrize(("name", "model_bytes"), [("pr675", 13_409_908), ("pr1212", 15_692_661)])
 def test_the_published_artifact_is_within_the_forecast(name: str, model_bytes: int) -> None:
-    forecast = ArtifactSize().forecast(RECIPES[name].build())
-    assert forecast.quantile(0.05) < code_bytes() + model_bytes < forecast.quantile(0.95)
+    recipe = RECIPES[name].build()
+    forecast = ArtifactSize().forecast(recipe)
+    assert forecast.quantile(0.05) < code_bytes(recipe) + model_bytes < forecast.quantile(0.95)
     assert forecast.probability_over(16e6) < 0.9, "or no sweep would launch it"
 
 
@@ -126,7 +127,7 @@ def test_forecast_learns_ratio_and_spread_per_way_of_coding() -> None:
         size.learn(GOLF, result_of(bytes_model=round(ratio * raw_bytes(GOLF)), bytes_code=1))
     after = size.forecast(GOLF)
     assert after.measured == 40
-    assert (after.mean - code_bytes()) / raw_bytes(GOLF) == pytest.approx(0.8824, abs=1e-3)
+    assert (after.mean - code_bytes(GOLF)) / raw_bytes(GOLF) == pytest.approx(0.8824, abs=1e-3)
     assert after.spread < before.spread / 2
     deeper = GOLF.with_overrides({"model.num_layers": 12})
     assert size.forecast(deeper).measured == 40, "the ratio carries over to other shapes"
@@ -145,7 +146,7 @@ def test_forecast_interval_holds_what_it_says() -> None:
             ratio = dice.gauss(mean, 0.01)
             size.learn(GOLF, result_of(bytes_model=int(ratio * raw_bytes(GOLF)), bytes_code=1))
         forecast = size.forecast(GOLF)
-        truth = code_bytes() + dice.gauss(mean, 0.01) * raw_bytes(GOLF)
+        truth = code_bytes(GOLF) + dice.gauss(mean, 0.01) * raw_bytes(GOLF)
         inside += forecast.quantile(0.05) < truth < forecast.quantile(0.95)
     assert 0.85 < inside / total <= 1.0
 
@@ -191,7 +192,7 @@ def test_size_forecast_against_real_packing() -> None:
     state = {name: torch.randn(shape) * 0.05 for name, shape in parameter_table(TINY.model).items()}
     blob = encode(quantize(state, TINY.quantize), TINY)
     forecast = ArtifactSize().forecast(TINY)
-    assert forecast.quantile(0.01) < code_bytes() + len(blob) < forecast.quantile(0.99)
+    assert forecast.quantile(0.01) < code_bytes(TINY) + len(blob) < forecast.quantile(0.99)
 
 
 def test_step_time_forecast_is_marginal_and_tolerant() -> None:

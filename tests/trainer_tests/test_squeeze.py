@@ -8,16 +8,19 @@ import shutil
 import subprocess
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.trainer_tests.small_recipes import SMALL
 from tests.trainer_tests.test_code import REPOSITORY
 from tests.trainer_tests.test_loop import configure, data_dir  # noqa: F401
 from trainer.code import PACKED_FILE, counted_modules, packed_code, stripped, unpacked_code
+from trainer.config import TrainConfig
 from trainer.loop import train
+from trainer.recipes import RECIPES
 from trainer.report import NullReporter, TrainResult
 from trainer.squeeze import squeezed
 
@@ -189,7 +192,9 @@ TRAIN = """
 import sys
 from pathlib import Path
 from trainer.config import TrainConfig
+from trainer.config import TrainConfig
 from trainer.loop import train
+from trainer.recipes import RECIPES
 from trainer.report import NullReporter
 config = TrainConfig.model_validate_json(Path(sys.argv[1], "config.json").read_text())
 result = train(config, NullReporter(), Path(sys.argv[1]))
@@ -197,21 +202,46 @@ Path(sys.argv[1], "result.json").write_text(result.model_dump_json())
 """
 
 
+MORE: dict[str, object] = {
+    "quantize.method": "gptq",
+    "quantize.calibration_tokens": 512,
+    "quantize.clip": "sigma",
+    "quantize.low_rank": "asymmetric",
+    "compress.grouping": "role",
+    "average.kind": "ema",
+    "quantize.keep_float_max_numel": 100,
+}
+
+
+@pytest.mark.parametrize("name", ["tiny", "more", *SMALL])
 def test_a_training_from_the_packed_code_gives_the_same_artifact(
-    configure: object,  # noqa: F811
-    tmp_path: Path,
+    name: str,
+    configure: Callable[..., TrainConfig],
+    tmp_path: Path,  # noqa: F811
 ) -> None:
-    assert callable(configure)
-    config = configure(**{
-        "budget.max_steps": 5, "quantize.method": "gptq", "quantize.calibration_tokens": 512,
-        "quantize.clip": "sigma", "quantize.low_rank": "asymmetric", "compress.grouping": "role",
-        "average.kind": "ema", "quantize.keep_float_max_numel": 100,
-    })  # fmt: skip
+    """Of each recipe, without the modules that it does not need."""
+    settings = {"tiny": {}, "more": MORE} | SMALL
+    plain_config = configure()
+    config = (
+        RECIPES[name if name in SMALL else "tiny"]
+        .build()
+        .with_overrides(
+            {
+                **plain_config.difference(RECIPES["tiny"].build()),
+                "evaluate.batch_tokens": 768,
+                **settings[name],
+                "model.vocab_size": plain_config.model.vocab_size,
+                "budget.max_steps": 3,
+                "runtime.prime_steps": 0,
+            }
+        )
+    )
+    code = packed_code(config)
     alone = tmp_path / "alone"
-    for name, source in unpacked_code(packed_code()).items():
-        (alone / name).parent.mkdir(parents=True, exist_ok=True)
-        (alone / name).write_text(source)
-    (alone / PACKED_FILE).write_bytes(packed_code())
+    for path, source in unpacked_code(code).items():
+        (alone / path).parent.mkdir(parents=True, exist_ok=True)
+        (alone / path).write_text(source)
+    (alone / PACKED_FILE).write_bytes(code)
     out = tmp_path / "run"
     out.mkdir()
     (out / "config.json").write_text(config.model_dump_json())
@@ -227,4 +257,5 @@ def test_a_training_from_the_packed_code_gives_the_same_artifact(
     torch.set_num_threads(1)
     plain = train(config, NullReporter(), tmp_path / "plain")
     assert packed.artifact_sha256 == plain.artifact_sha256
-    assert (packed.val_bpb, packed.bytes_code) == (plain.val_bpb, len(packed_code()))
+    assert (packed.val_bpb, packed.bytes_code) == (plain.val_bpb, len(code))
+    assert len(code) < len(packed_code())

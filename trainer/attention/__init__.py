@@ -19,7 +19,12 @@ from trainer.errors import BackendError
 
 __all__ = ["ATTENTION", "Attend", "Backend", "Documents", "attend_by_window", "select_backend"]
 
-ATTENTION: dict[str, Backend] = {backend.name: backend for backend in (SDPA, FLEX, FLASH4, VARLEN)}
+ATTENTION: dict[str, Backend] = {
+    "sdpa": SDPA,
+    "flex": FLEX,
+    "flash4": FLASH4,
+    "varlen": VARLEN,
+}
 
 AUTO = ("sdpa", "flex")
 """What "auto" tries in turn."""

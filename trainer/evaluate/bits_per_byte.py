@@ -78,7 +78,9 @@ def evaluate(
     dataset.check_scored_tokens(config.seq_len, expected=0)
     windows = plan_windows(dataset, config, group)
     tokens = windows.padded(dataset.read_val())
-    tilt = Tilt.of(tokens[: windows.num_targets + 1], config, group)
+    tilt = None
+    if config.tilt_beta > 0:
+        tilt = Tilt.of(tokens[: windows.num_targets + 1], config, group)
     cache = NgramCache.of(tokens, windows.num_targets, config, group.device)
     count_bytes = target_bytes(dataset, byte_table, group.device)
     sums = torch.zeros(3, dtype=torch.float64, device=group.device)

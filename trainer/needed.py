@@ -1,0 +1,38 @@
+"""Modules that a run needs only under some settings: those of techniques that are off do not count.
+
+A row that is missing costs bytes; a row that is wrong breaks the packed code, which the tests run
+for small copies of every recipe. Loads without torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from trainer.config import TrainConfig
+
+OPTIONAL: dict[str, Callable[[TrainConfig], bool]] = {
+    "trainer.attention.flash4": lambda run: run.runtime.attention == "flash4",
+    "trainer.attention.varlen": lambda run: run.runtime.attention == "varlen",
+    "trainer.checkpoint": lambda run: bool(run.source.checkpoint) or run.runtime.save_checkpoint,
+    "trainer.data.overlap": lambda run: run.data.max_overlap < 1,
+    "trainer.evaluate.naive_ttt": lambda run: run.evaluate.naive_ttt_epochs > 0,
+    "trainer.evaluate.ngram_cache": lambda run: (
+        run.evaluate.ngram_weight > 0 or run.evaluate.tilt_beta > 0
+    ),
+    "trainer.evaluate.tilt": lambda run: run.evaluate.tilt_beta > 0,
+    "trainer.kernels.cross_entropy": lambda run: run.runtime.loss_kernel != "compiled",
+    "trainer.kernels.mlp": lambda run: run.runtime.mlp_kernel != "compiled",
+    "trainer.model.differential": lambda run: run.model.diff_attention != "off",
+    "trainer.model.shared": lambda run: run.model.num_loops > 1,
+    "trainer.optim.sharded_muon": lambda run: run.optim.muon_comm == "reduce_scatter",
+    "trainer.quantize.awq": lambda run: run.quantize.awq_groups > 0,
+    "trainer.quantize.calibration": lambda run: run.quantize.method == "gptq",
+    "trainer.quantize.gptq": lambda run: run.quantize.method == "gptq",
+    "trainer.quantize.prune": lambda run: run.quantize.prune_to_fit,
+}
+"""Module -> whether a run of these settings calls it. Whatever only it imports is left out too."""
+
+
+def left_out(config: TrainConfig) -> frozenset[str]:
+    """Optional modules that the run does without."""
+    return frozenset(module for module, is_needed in OPTIONAL.items() if not is_needed(config))
