@@ -32,7 +32,7 @@ QUANTIZATION = Space(
         "quantize.mlp_bits": IntDistribution(4, 8),
         "quantize.embed_bits": IntDistribution(5, 8),
         "quantize.calibration": CategoricalDistribution(["train", "self"]),
-        "quantize.calibration_tokens": IntDistribution(2048, 16_384, log=True),
+        "quantize.calibration_tokens": IntDistribution(1024, 8192, log=True),
         "quantize.low_rank": CategoricalDistribution(["off", "asymmetric", "float16"]),
         "quantize.awq_groups": IntDistribution(0, 2),
         "quantize.scale_bits": CategoricalDistribution([16, 8]),

@@ -14,9 +14,10 @@ FILE = "bytes_against_loss.svg"
 WIDTH, HEIGHT = 760, 460
 LEFT, RIGHT, TOP, BOTTOM = 84, 24, 44, 64
 NUM_TICKS = 5
-FAR_OFF = 3.0
-"""Scores further above the best than this many times the median's distance are drawn at the edge,
-so that one broken artifact does not press all others onto a line."""
+GOOD, BAD = "#1f6feb", "#d1242f"
+FAR_OFF = 8.0
+"""Scores further above the best than this many times the median's distance are drawn at the upper
+edge, hollow and with their number, so that one of them does not press all others onto a line."""
 
 
 Place = Callable[[float, float], tuple[float, float]]
@@ -77,31 +78,34 @@ def draw_trade(
     lowest = min(point.bpb for point in points)
     usual = sorted(point.bpb - lowest for point in points)[len(points) // 2]
     highest = lowest + FAR_OFF * usual if usual > 0 else math.inf
-    scores = [min(point.bpb, highest) for point in points]
+    scores = [point.bpb for point in points if point.bpb <= highest]
     y_axis = Axis.over([*scores, unquantised] if unquantised is not None else scores)
 
     def place(num_bytes: float, bpb: float) -> tuple[float, float]:
         x = LEFT + (WIDTH - LEFT - RIGHT) * x_axis.share(num_bytes)
-        y = HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * y_axis.share(min(bpb, highest))
+        y = HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * min(1.0, y_axis.share(bpb))
         return round(x, 1), round(y, 1)
 
     best = front(points)
     line = " ".join("{},{}".format(*place(point.num_bytes, point.bpb)) for point in best)
-    parts = [
-        _frame(x_axis, y_axis, place, title),
-        f'<polyline points="{line}" fill="none" stroke="#1f6feb" stroke-width="1.5"/>',
-        *(_dot(point, place(point.num_bytes, point.bpb), highest) for point in points),
-        *(_number(point, place(point.num_bytes, point.bpb)) for point in best),
-    ]
+    parts = [_frame(x_axis, y_axis, place, title)]
     if cap is not None and is_cap_near:
         x, _ = place(cap, 0)
         parts.append(
-            _dashed(f"M{x},{TOP}V{HEIGHT - BOTTOM}", x - 6, TOP + 12, f"cap {cap:,}", "end")
+            _dashed(f"M{x},{TOP}V{HEIGHT - BOTTOM}", x - 6, TOP + 14, f"cap {cap:,}", "end")
         )
     if unquantised is not None:
         _, y = place(0, unquantised)
         words = f"before quantisation {unquantised:.4f}"
         parts.append(_dashed(f"M{LEFT},{y}H{WIDTH - RIGHT}", LEFT + 8, y - 5, words, "start"))
+    parts.append(f'<polyline points="{line}" fill="none" stroke="{GOOD}" stroke-width="1.5"/>')
+    parts += [_dot(point, place(point.num_bytes, point.bpb), highest) for point in points]
+    parts += [_number(point, place(point.num_bytes, point.bpb), highest) for point in best]
+    if any(not point.is_feasible for point in points):
+        words = "red: breaks a constraint"
+        parts.append(
+            f'<text x="{WIDTH - RIGHT}" y="24" text-anchor="end" fill="{BAD}">{words}</text>'
+        )
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
         f'font-family="sans-serif" font-size="12">{"".join(parts)}</svg>\n'
@@ -123,7 +127,8 @@ class Axis:
         spread = (high - low) or max(abs(high), 1.0)
         power = 10.0 ** math.floor(math.log10(spread / NUM_TICKS))
         step = next(m * power for m in (1, 2, 5, 10) if m * power * NUM_TICKS >= spread)
-        return cls(math.floor(low / step) * step, (math.floor(high / step) + 1) * step, step)
+        first, last = math.floor(low / step), math.ceil(high / step)
+        return cls(first * step, max(last, first + 1) * step, step)
 
     def share(self, value: float) -> float:
         """Where a value lies, 0 to 1."""
@@ -173,7 +178,7 @@ def _frame(x_axis: Axis, y_axis: Axis, place: Place, title: str) -> str:
 
 
 def _dot(point: Point, at: tuple[float, float], highest: float) -> str:
-    colour = "#1f6feb" if point.is_feasible else "#d1242f"
+    colour = GOOD if point.is_feasible else BAD
     fill = "white" if point.bpb > highest else colour
     words = f"trial {point.trial}: {point.num_bytes:,} bytes, {point.bpb:.4f} bits per byte"
     words += "" if point.is_feasible else ", breaks a constraint"
@@ -183,8 +188,9 @@ def _dot(point: Point, at: tuple[float, float], highest: float) -> str:
     )
 
 
-def _number(point: Point, at: tuple[float, float]) -> str:
-    return f'<text x="{at[0] + 7}" y="{at[1] - 6}" fill="#1f6feb">{point.trial}</text>'
+def _number(point: Point, at: tuple[float, float], highest: float) -> str:
+    words = str(point.trial) if point.bpb <= highest else f"{point.trial} ({point.bpb:.2f})"
+    return f'<text x="{at[0] + 7}" y="{at[1] - 6}" fill="{GOOD}">{words}</text>'
 
 
 def _dashed(path: str, x: float, y: float, words: str, anchor: str) -> str:

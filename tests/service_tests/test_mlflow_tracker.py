@@ -127,6 +127,7 @@ def test_a_study_is_mirrored_whole(tmp_path: Path, database: str) -> None:
     tracker.trial_ended(measured, "COMPLETE", [SIZE, CLOCK], make_result())
     tracker.trial_started(rejected)
     tracker.trial_ended(rejected, "PRUNED", [SIZE], None)
+    (study_dir / "bytes_against_loss.svg").write_text("<svg/>")
     tracker.close(grace_seconds=60)
 
     assert warnings == []
@@ -134,6 +135,8 @@ def test_a_study_is_mirrored_whole(tmp_path: Path, database: str) -> None:
     done, pruned = child_runs(database)
     parent = client.get_run(done.data.tags["mlflow.parentRunId"])
     assert parent.info.run_name == "s" and parent.info.status == "FINISHED"
+    pictures = [file.path for file in client.list_artifacts(parent.info.run_id)]
+    assert pictures == ["bytes_against_loss.svg"]
     assert pruned.data.tags["mlflow.parentRunId"] == parent.info.run_id
     assert done.info.run_name == "0: num_layers=4 matrix_lr=0.01"
     assert done.data.params["optim.matrix_lr"] == "0.01"

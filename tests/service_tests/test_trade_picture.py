@@ -55,13 +55,12 @@ def test_dots_lie_where_their_numbers_say() -> None:
         [Point(0, 100_000, 1.0, True), Point(1, 200_000, 2.0, False)], None, 0.8, "a<b"
     )
     dots = _dots(svg)
-    # Bytes from 100,000 to 220,000 in steps of 20,000; scores from 0.8 to 2.2, cut at 1 + 3 x 1.
+    # Bytes from 100,000 to 200,000 in steps of 20,000; scores from 0.5 to 2.0 in steps of 0.5.
     assert float(dots[0].attrib["cx"]) == LEFT
     width, height = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
-    assert float(dots[1].attrib["cx"]) == pytest.approx(LEFT + width * 100 / 120, abs=0.1)
+    assert float(dots[1].attrib["cx"]) == pytest.approx(LEFT + width, abs=0.1)
     rise = float(dots[0].attrib["cy"]) - float(dots[1].attrib["cy"])
-    axis = Axis.over([1.0, 2.0, 0.8])
-    assert rise == pytest.approx(height / (axis.high - axis.low), abs=0.2)
+    assert rise == pytest.approx(height / 1.5, abs=0.2)
     assert dots[0].attrib["fill"] != dots[1].attrib["fill"]
     assert "a&lt;b" in svg and "before quantisation 0.8000" in svg
 
@@ -70,15 +69,15 @@ def test_an_artifact_far_off_does_not_press_the_others_together() -> None:
     points = [Point(i, 1000 + i, 2.0 + i / 10, True) for i in range(5)]
     without = _dots(draw_trade(points, None, None, ""))
     dots = _dots(draw_trade([*points, Point(9, 1001, 900.0, True)], None, None, ""))
-    assert dots[9].attrib["fill"] == "white" and float(dots[9].attrib["cy"]) >= TOP
-    spread = float(without[0].attrib["cy"]) - float(without[4].attrib["cy"])
-    assert float(dots[0].attrib["cy"]) - float(dots[4].attrib["cy"]) > 0.3 * spread
+    assert dots[9].attrib["fill"] == "white" and float(dots[9].attrib["cy"]) == TOP
+    for trial in range(5):
+        assert dots[trial].attrib["cy"] == without[trial].attrib["cy"]
 
 
 @pytest.mark.parametrize("values", [[5.0, 5.0], [0.0, 0.0], [1e-3, 1.7e7], [-2.0, 3.5], [1, 1.001]])
 def test_axes_hold_their_values_between_few_round_ticks(values: list[float]) -> None:
     axis = Axis.over(values)
-    assert axis.low <= min(values) < axis.high and max(values) <= axis.high
+    assert axis.low <= min(values) <= max(values) <= axis.high and axis.low < axis.high
     assert 2 <= len(axis.ticks) <= 9
     assert len({f"{tick:.{axis.decimals}f}" for tick in axis.ticks}) == len(axis.ticks)
 

@@ -11,7 +11,7 @@ import pytest
 
 from tests.ranks import run_ranks
 from tests.trainer_tests.test_loop import Collector, configure, data_dir  # noqa: F401
-from trainer import checkpoint
+from trainer import artifact, checkpoint
 from trainer.config import TrainConfig
 from trainer.distributed import Group
 from trainer.errors import ArtifactError, ConfigError
@@ -129,3 +129,19 @@ def test_calibration_needs_no_reserve_where_nothing_is_trained() -> None:
         TrainConfig().with_overrides(gptq)
     config = TrainConfig().with_overrides({**gptq, "source.checkpoint": "c.bin"})
     assert config.source.skips_training
+
+
+def test_neither_file_says_where_the_weights_came_from(
+    configure: Callable[..., TrainConfig],  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    settings = {"runtime.save_checkpoint": True, "quantize.method": "gptq"}
+    gptq = {"quantize.calibration_tokens": 512, "budget.max_steps": 2}
+    train(configure(**settings, **gptq), NullReporter(), tmp_path)
+    source = {"source.checkpoint": str(tmp_path / "checkpoint.bin"), "budget.train_seconds": 9.0}
+    config = configure(**settings, **gptq, **source)  # no reserve: valid only for given weights
+    train(config, NullReporter(), tmp_path / "again")
+    read = checkpoint.read_config(tmp_path / "again" / "checkpoint.bin")
+    packed, _ = artifact.decode((tmp_path / "again" / "artifact.bin").read_bytes())
+    expected = config.with_overrides({"data.dir": "", "source.checkpoint": "checkpoint.bin"})
+    assert read == packed == expected

@@ -177,11 +177,11 @@ class TrainConfig(Settings):
 
     def without_places(self) -> dict[str, Any]:
         """What from_dict needs, without settings at their defaults and without the names of files
-        and folders: data.dir is left out, source.checkpoint is "checkpoint.bin"."""
+        and folders: data.dir is left out, and source.checkpoint is "checkpoint.bin"."""
         tree = self.model_dump(mode="json", exclude_defaults=True)
         tree.get("data", {}).pop("dir", None)
-        if self.source.checkpoint:
-            tree["source"]["checkpoint"] = "checkpoint.bin"
+        for name in tree.get("source", {}):
+            tree["source"][name] = f"{name}.bin"
         return {group: settings for group, settings in tree.items() if settings}
 
     @classmethod
