@@ -13,8 +13,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 
 from trainer.errors import BackendError
@@ -115,6 +117,14 @@ class Group:
     def max_float(self, value: float) -> float:
         """Maximum over ranks of one host number."""
         return self.max_floats(value)[0]
+
+    def sum_counts(self, counts: NDArray[np.int8]) -> NDArray[np.int8]:
+        """Element-wise sum over ranks of small host numbers, not touching the device."""
+        if self.size == 1:
+            return counts
+        box = torch.from_numpy(counts.copy())
+        dist.all_reduce(box, group=self._control)
+        return box.numpy()
 
     def broadcast_bytes(self, blob: bytes | None) -> bytes:
         """Rank 0's bytes on every rank; the others pass None."""

@@ -15,46 +15,23 @@ Shapes: B rows of one forward pass, T evaluate.seq_len.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from trainer.config import EvaluateConfig
 from trainer.data.byte_table import ByteTable
 from trainer.data.dataset import Dataset
 from trainer.distributed import Group
 from trainer.evaluate.ngram_cache import NgramCache
+from trainer.evaluate.scorer import EvalResult, LossModel, Scorer
 from trainer.evaluate.windows import Windows, plan_windows
+
+__all__ = ["EvalResult", "LossModel", "Progress", "evaluate", "prime"]
 
 Progress = Callable[[int, int], None]
 """Called with (batches done, batches in all) after each batch is launched; must not block."""
-
-
-class LossModel(Protocol):
-    """What evaluation needs of a model; GPT and its compiled form have it."""
-
-    def __call__(
-        self, tokens_BT: Tensor, targets_BT: Tensor, reduction: Literal["mean", "none"]
-    ) -> Tensor:
-        """[B, T] fp32 nats of each target for reduction "none"."""
-        ...
-
-
-@dataclass(frozen=True)
-class EvalResult:
-    """The score of a model on a validation set."""
-
-    val_loss: float
-    """Nats per token."""
-    val_bpb: float
-    """Bits per byte of text."""
-    num_tokens: int
-    num_bytes: int
 
 
 def evaluate(
@@ -73,32 +50,17 @@ def evaluate(
     """
     dataset.check_scored_tokens(config.seq_len, expected=0)
     windows = plan_windows(dataset, config, group)
-    tokens = windows.padded(dataset.read_val())
-    cache = NgramCache.of(tokens, windows.num_targets, config, group.device)
-    table = byte_table.to(group.device)
-    sums = torch.zeros(3, dtype=torch.float64, device=group.device)
+    tokens = dataset.read_val()
+    cache = NgramCache.of(windows.padded(tokens), windows.num_targets, config, group.device)
+    rescore = None if cache is None else cache.mix
+    num_targets, pad = windows.num_targets, config.seq_len
+    scorer = Scorer(tokens, num_targets, pad, byte_table, group, rescore)
     with torch.inference_mode():
         for batch in range(windows.num_batches):
-            x_BT, y_BT, num_rows = windows.rows(tokens, batch, group.device)
-            counted_BT = windows.counted(batch, group.device)
-            loss_BT = model(x_BT, y_BT, reduction="none")[:num_rows]
-            if cache is not None:
-                loss_BT = cache.mix(loss_BT, windows.targets(batch, group.device))
-            bytes_BT = table.count(x_BT[:num_rows], y_BT[:num_rows])
-            sums[0] += torch.where(counted_BT, loss_BT.double(), 0.0).sum()
-            sums[1] += counted_BT.sum()
-            sums[2] += torch.where(counted_BT, bytes_BT, 0).sum()
+            scorer.score(model, windows.batch(batch), windows.batch_rows)
             if progress is not None:
                 progress(batch + 1, windows.num_batches)
-        group.all_reduce_sum_(sums)
-    nats, num_tokens, num_bytes_all = sums.tolist()
-    val_loss = nats / num_tokens
-    return EvalResult(
-        val_loss=val_loss,
-        val_bpb=val_loss / math.log(2) * (num_tokens / num_bytes_all),
-        num_tokens=int(num_tokens),
-        num_bytes=int(num_bytes_all),
-    )
+        return scorer.result()
 
 
 def prime(model: LossModel, dataset: Dataset, config: EvaluateConfig, group: Group) -> None:
