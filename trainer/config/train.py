@@ -57,7 +57,7 @@ class TrainConfig(Settings):
                 "data.seq_len and evaluate.seq_len; lower it, or set 0 and model.window_layers = "
                 '""'
             )
-        faults.extend(self._calibration_faults())
+        faults.extend(self._calibration_faults() + self._ttt_faults())
         return raise_together(self, faults)
 
     def _calibration_faults(self) -> list[str]:
@@ -76,6 +76,28 @@ class TrainConfig(Settings):
                 f"{seconds:g} to train in; lower it"
             ]
         return []
+
+    def _ttt_faults(self) -> list[str]:
+        faults, model, evaluate = [], self.model, self.evaluate
+        if evaluate.ttt != "off" and evaluate.ttt_freeze_blocks > model.num_layers:
+            faults.append(
+                f"evaluate.ttt_freeze_blocks = {evaluate.ttt_freeze_blocks} is above "
+                f"model.num_layers = {model.num_layers}; lower it"
+            )
+        if evaluate.ttt != "documents":
+            return faults
+        if evaluate.ttt_lora_rank and model.num_loops > 1:
+            faults.append(
+                f"evaluate.ttt_lora_rank = {evaluate.ttt_lora_rank}: adapters of documents are not "
+                f"defined for model.num_loops = {model.num_loops}; set either to 0 or 1"
+            )
+        if 0 < model.rope_ntk_len < evaluate.seq_len:
+            faults.append(
+                f"model.rope_ntk_len = {model.rope_ntk_len} turns rows of other lengths "
+                'differently, and rows of evaluate.ttt = "documents" grow; raise it to '
+                f"evaluate.seq_len = {evaluate.seq_len}, or set 0"
+            )
+        return faults
 
     @property
     def step_seconds(self) -> float | None:

@@ -45,8 +45,8 @@ def _check_causality(model: LossModel, x_BT: Tensor, y_BT: Tensor, other_BT: Ten
     cuts_B1 = (width - 1 - torch.arange(num_rows, device=x_BT.device) % (width - 1))[:, None]
     is_later_BT = torch.arange(width, device=x_BT.device) >= cuts_B1
     before_BT = model(x_BT, y_BT, reduction="none")
-    changed = (torch.where(is_later_BT, other_BT, whole_BT) for whole_BT in (x_BT, y_BT))
-    after_BT = model(*changed, reduction="none")
+    changed_x_BT = torch.where(is_later_BT, other_BT, x_BT)
+    after_BT = model(changed_x_BT, torch.where(is_later_BT, other_BT, y_BT), reduction="none")
     worst = float(torch.where(is_later_BT, 0.0, (after_BT - before_BT).abs()).max())
     if not worst <= CAUSAL_NATS:
         raise RuleError(
