@@ -14,6 +14,7 @@ from trainer.config.model import ModelConfig
 from trainer.config.optim import AverageConfig, LossConfig, OptimConfig, ScheduleConfig
 from trainer.config.quantize import CODEC_LEVELS, CompressConfig, QuantizeConfig
 from trainer.config.run import BudgetConfig, RuntimeConfig
+from trainer.config.source import SourceConfig
 from trainer.config.train import TrainConfig, describe_faults, parse_overrides
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "RuntimeConfig",
     "ScheduleConfig",
     "Settings",
+    "SourceConfig",
     "TrainConfig",
     "describe_faults",
     "parse_overrides",

@@ -44,3 +44,6 @@ class RuntimeConfig(Settings):
     """Steps between metric records."""
     val_every: Annotated[int, Field(ge=0)] = 0
     """Steps between validations outside the clock; 0 = only at the end."""
+    save_checkpoint: bool = False
+    """Write the trained weights, averaged where average.kind says so, beside the artifact as
+    checkpoint.bin, for source.checkpoint."""

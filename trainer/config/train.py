@@ -17,6 +17,7 @@ from trainer.config.model import ModelConfig
 from trainer.config.optim import AverageConfig, LossConfig, OptimConfig, ScheduleConfig
 from trainer.config.quantize import CompressConfig, QuantizeConfig
 from trainer.config.run import BudgetConfig, RuntimeConfig
+from trainer.config.source import SourceConfig
 from trainer.errors import ConfigError
 
 
@@ -34,6 +35,7 @@ class TrainConfig(Settings):
     runtime: RuntimeConfig = RuntimeConfig()
     loss: LossConfig = LossConfig()
     average: AverageConfig = AverageConfig()
+    source: SourceConfig = SourceConfig()
 
     @model_validator(mode="after")
     def _schedule_has_a_budget(self) -> Self:
@@ -62,7 +64,7 @@ class TrainConfig(Settings):
 
     def _calibration_faults(self) -> list[str]:
         seconds, reserve = self.budget.train_seconds, self.quantize.reserve_seconds
-        if self.quantize.method != "gptq" or seconds is None:
+        if self.quantize.method != "gptq" or seconds is None or self.source.skips_training:
             return []
         if reserve == 0:
             return [
