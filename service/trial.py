@@ -73,6 +73,7 @@ class TrialFolder:
     metrics.jsonl    runner, as records arrive
     train.log        runner
     artifact.bin     runner, from rank 0
+    checkpoint.bin   runner, from rank 0, where runtime.save_checkpoint is on
     result.json      runner, last of all: its presence means the run ended by itself
     verdicts.json    scheduler, before tell
     """
@@ -100,6 +101,10 @@ class TrialFolder:
         return self.path / "artifact.bin"
 
     @property
+    def checkpoint(self) -> Path:
+        return self.path / "checkpoint.bin"
+
+    @property
     def result(self) -> Path:
         return self.path / "result.json"
 
@@ -109,7 +114,8 @@ class TrialFolder:
 
     def clear_run(self) -> None:
         """Remove what an unfinished attempt left, keeping config and provenance."""
-        for file in (self.metrics, self.log, self.artifact, self.result, self.path / "stop"):
+        written = (self.metrics, self.log, self.artifact, self.checkpoint, self.result)
+        for file in (*written, self.path / "stop"):
             file.unlink(missing_ok=True)
 
     def read_result(self) -> TrainResult | None:

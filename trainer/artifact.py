@@ -63,10 +63,13 @@ class _Header(BaseModel):
 def encode(quantized: QuantizedState, config: TrainConfig) -> bytes:
     """The file's content; equal input gives equal bytes on every machine.
 
-    data.dir is left out: where the data lay is nobody's business and must not change the size.
+    The paths of data.dir and source.checkpoint are left out: where things lay is nobody's business
+    and must not change the size.
     """
     settings = config.to_dict()
     settings["data"]["dir"] = ""
+    if config.source.checkpoint:
+        settings["source"]["checkpoint"] = "checkpoint.bin"
     streams = {
         dtype: compress(data, config.compress, np.dtype(dtype).itemsize)
         for dtype, data in _gather(quantized).items()

@@ -8,10 +8,11 @@ over gloo on the CPU, so that they never wait for the device; tensors go over th
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -19,7 +20,10 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trainer.errors import BackendError
+from trainer import errors
+from trainer.errors import BackendError, TrainerError
+
+T = TypeVar("T")
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 """A rank that answers nothing for this long is taken for dead."""
@@ -68,6 +72,14 @@ class Group:
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
+
+    def sum_counts(self, counts: NDArray[np.int8]) -> NDArray[np.int8]:
+        """Element-wise sum over ranks of small host numbers, not touching the device."""
+        if self.size == 1:
+            return counts
+        box = torch.from_numpy(counts.copy())
+        dist.all_reduce(box, group=self._control)
+        return box.numpy()
 
     def all_reduce_mean_(self, tensors: Sequence[Tensor]) -> None:
         """Mean over ranks of each tensor, in place; one collective per dtype."""
@@ -118,13 +130,20 @@ class Group:
         """Maximum over ranks of one host number."""
         return self.max_floats(value)[0]
 
-    def sum_counts(self, counts: NDArray[np.int8]) -> NDArray[np.int8]:
-        """Element-wise sum over ranks of small host numbers, not touching the device."""
-        if self.size == 1:
-            return counts
-        box = torch.from_numpy(counts.copy())
-        dist.all_reduce(box, group=self._control)
-        return box.numpy()
+    def on_main(self, work: Callable[[], T]) -> T | None:
+        """Do something on rank 0 while the others wait; None there. A TrainerError that it raises
+        is raised on every rank."""
+        outcome, failure = None, ""
+        if self.is_main:
+            try:
+                outcome = work()
+            except TrainerError as error:
+                failure = f"{type(error).__name__}:{error}"
+        failure = self.broadcast_bytes(failure.encode() if self.is_main else None).decode()
+        if failure:
+            kind, _, message = failure.partition(":")
+            raise getattr(errors, kind)(message)
+        return outcome
 
     def broadcast_bytes(self, blob: bytes | None) -> bytes:
         """Rank 0's bytes on every rank; the others pass None."""

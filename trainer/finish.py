@@ -10,10 +10,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from trainer import artifact
+from trainer import artifact, checkpoint
 from trainer.calibrate import calibrate
 from trainer.code import packed_code
-from trainer.errors import ArtifactError
 from trainer.evaluate.bits_per_byte import EvalResult
 from trainer.evaluate.naive_ttt import train_on_validation
 from trainer.quantize import coded_names, dequantize, quantize
@@ -60,6 +59,17 @@ class Finish:
                 f"{reserve:g}; raise it, or lower quantize.calibration_tokens"
             )
 
+    def save_checkpoint(self, path: Path) -> None:
+        """Write the weights in memory on rank 0. A failure there is raised on every rank."""
+        work = self.work
+
+        def write() -> None:
+            weights = {name: value.cpu().numpy() for name, value in work.model.state_dict().items()}
+            artifact.write(path, checkpoint.pack(weights, work.config))
+
+        with work.timer.phase("checkpoint"):
+            work.group.on_main(write)
+
     def score_prequant(self, steps: int, elapsed_s: float) -> EvalResult | None:
         """Bits per byte of the weights in memory, in plain rows; None when switched off."""
         work = self.work
@@ -79,17 +89,8 @@ class Finish:
 
     def pack(self, path: Path) -> PackedSize:
         """Quantise, pack and write on rank 0. A failure there is raised on every rank."""
-        group = self.work.group
-        failure, size = "", PackedSize(0, 0, "")
-        if group.is_main:
-            try:
-                size = self._write_artifact(path)
-            except ArtifactError as error:
-                failure = str(error)
-        failure = group.broadcast_bytes(failure.encode() if group.is_main else None).decode()
-        if failure:
-            raise ArtifactError(failure)
-        return size
+        size = self.work.group.on_main(lambda: self._write_artifact(path))
+        return size or PackedSize(0, 0, "")
 
     def _write_artifact(self, path: Path) -> PackedSize:
         work = self.work

@@ -29,7 +29,7 @@ from trainer.pacer import StepPacer
 from trainer.quantize.aware import QuantizationAware
 from trainer.report import NullReporter, Reporter, TrainResult
 from trainer.schedule import extra_weight_decay, lr_multiplier, muon_momentum
-from trainer.workspace import Workspace, count, device_name
+from trainer.workspace import Workspace, count, device_name, load_weights
 
 
 def train(config: TrainConfig, reporter: Reporter, out: Path | None = None) -> TrainResult:
@@ -47,8 +47,12 @@ def train(config: TrainConfig, reporter: Reporter, out: Path | None = None) -> T
         run = Run.build(config, reporter if group.is_main else NullReporter(), group)
         finish = Finish(run.work)
         try:
-            run.prime()
-            reason = run.train_to_budget()
+            if config.source.skips_training:
+                run.restore()
+                reason = None
+            else:
+                run.prime()
+                reason = run.train_to_budget()
             if reason is None:
                 run.apply_average()
                 finish.calibrate()
@@ -56,6 +60,8 @@ def train(config: TrainConfig, reporter: Reporter, out: Path | None = None) -> T
             run.work.loader.close()
         if reason is not None:
             return run.result(stop_reason=reason)
+        if config.runtime.save_checkpoint:
+            finish.save_checkpoint(Path(out or scratch) / "checkpoint.bin")
         prequant = finish.score_prequant(run.steps, run.clock.elapsed())
         size = finish.pack(Path(out or scratch) / "artifact.bin")
         score = finish.score_artifact(Path(out or scratch) / "artifact.bin")
@@ -129,6 +135,17 @@ class Run:
             prime_evaluation(
                 self.work.forward, self.work.dataset, self.config.evaluate, self.work.group
             )
+
+    def restore(self) -> None:
+        """Take the weights from source.checkpoint instead of training; prime what scores them."""
+        with self.work.timer.phase("restore"):
+            load_weights(self.work.model, self.config.source.checkpoint, self.work.group)
+        self.average = None
+        if self.config.runtime.prime_steps:
+            with self.work.timer.phase("prime"):
+                prime_evaluation(
+                    self.work.forward, self.work.dataset, self.config.evaluate, self.work.group
+                )
 
     def _step(self, step: int, progress: float) -> Tensor:
         """One optimiser step; returns the mean training loss over all workers, on the device."""
@@ -283,8 +300,8 @@ class Run:
         size: PackedSize | None = None,
     ) -> TrainResult:
         """The outcome so far, equal on every rank but for the size, which rank 0 knows."""
-        names = ["build", "prime", "train", "validate", "evaluate_trained", "average"]
-        names += ["calibrate", "evaluate_prequant", "quantize", "pack"]
+        names = ["build", "restore", "prime", "train", "validate", "evaluate_trained", "average"]
+        names += ["calibrate", "checkpoint", "evaluate_prequant", "quantize", "pack"]
         names += ["evaluate_stages", "evaluate"]
         timer = self.work.timer
         seconds = self.work.group.max_floats(*(timer.seconds.get(name, 0.0) for name in names))

@@ -122,9 +122,9 @@ class TrainResult(BaseModel):
     device: str
     """Such as "cpu" or "NVIDIA H200"."""
     phases: dict[str, float]
-    """Seconds per phase: build, prime, train, validate, evaluate_trained, average, calibrate,
-    evaluate_prequant, quantize, pack, evaluate_stages, evaluate. "train" and "calibrate" count
-    against budget.train_seconds, "evaluate" against budget.eval_seconds."""
+    """Seconds per phase: build, restore, prime, train, validate, evaluate_trained, average,
+    calibrate, checkpoint, evaluate_prequant, quantize, pack, evaluate_stages, evaluate. "train" and
+    "calibrate" count against budget.train_seconds, "evaluate" against budget.eval_seconds."""
     step_ms: float | None = None
     """Median milliseconds of a step."""
     train_loss: float | None = None

@@ -6,10 +6,12 @@ import resource
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from trainer import checkpoint
 from trainer.attention import select_backend
 from trainer.calibrate import check_calibration
 from trainer.clock import PhaseTimer
@@ -105,6 +107,25 @@ def build_model(config: TrainConfig, group: Group, log: Callable[[str], None]) -
     for parameter in model.parameters():
         group.broadcast_(parameter.data)
     return model
+
+
+def load_weights(model: GPT, path: str, group: Group) -> None:
+    """Put the weights of a checkpoint that rank 0 reads into the model of every rank.
+
+    Raises: ArtifactError when there is none, ConfigError when it is of another model.
+    """
+
+    def load() -> None:
+        weights = checkpoint.read(Path(path))
+        shapes = {name: array.shape for name, array in weights.items()}
+        wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+        checkpoint.check_fits(path, shapes, wanted)
+        state = {name: torch.from_numpy(array.copy()) for name, array in weights.items()}
+        model.load_state_dict(state)
+
+    group.on_main(load)
+    for value in model.state_dict().values():
+        group.broadcast_(value)
 
 
 def count(model: GPT) -> int:

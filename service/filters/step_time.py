@@ -44,7 +44,7 @@ class StepTime(Filter):
 
     def after_finish(self, spec: TrialSpec, result: TrainResult) -> Verdict | None:
         bound = _bound(spec.config.budget)
-        if bound == 0:
+        if bound == 0 or spec.config.source.skips_training:
             return None
         ok = result.steps >= bound
         reason = f"{result.steps:,} steps made, the minimum is {bound:,}"
