@@ -81,10 +81,10 @@ class TrainConfig(Settings):
 
     def _ttt_faults(self) -> list[str]:
         faults, model, evaluate = [], self.model, self.evaluate
-        if evaluate.ttt != "off" and evaluate.ttt_freeze_blocks > model.num_layers:
+        if evaluate.ttt != "off" and evaluate.ttt_freeze_blocks >= model.num_layers:
             faults.append(
-                f"evaluate.ttt_freeze_blocks = {evaluate.ttt_freeze_blocks} is above "
-                f"model.num_layers = {model.num_layers}; lower it"
+                f"evaluate.ttt_freeze_blocks = {evaluate.ttt_freeze_blocks} leaves none of "
+                f"model.num_layers = {model.num_layers} blocks to train; lower it"
             )
         if evaluate.ttt != "documents":
             return faults

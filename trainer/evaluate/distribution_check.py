@@ -26,24 +26,21 @@ SUM_ERROR = 0.02
 def check_distribution(
     model: LossModel, vocab_size: int, num_rows: int, seq_len: int, device: torch.device
 ) -> None:
-    """Two passes of [num_rows, seq_len], and V / num_rows more for the sums. Call it in the mode
-    (inference, gradients) in which the model will run. Raises RuleError with what was found."""
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randint(vocab_size, shape, generator=generator).to(device)
-
-    x_BT, y_BT = draw(num_rows, seq_len), draw(num_rows, seq_len)
-    _check_causality(model, x_BT, y_BT, draw(num_rows, seq_len))
-    _check_sums(model, x_BT[:1].repeat(num_rows, 1), vocab_size)
+    """Both checks in one shape. Raises RuleError with what was found."""
+    check_causality(model, vocab_size, num_rows, seq_len, device)
+    check_sums(model, vocab_size, num_rows, seq_len, device)
 
 
-def _check_causality(model: LossModel, x_BT: Tensor, y_BT: Tensor, other_BT: Tensor) -> None:
-    """A different cut in every row. Inputs and targets are drawn apart: the input after a position
-    is its target, and a model that peeks there must not be excused by the target's change."""
-    num_rows, width = x_BT.shape
-    cuts_B1 = (width - 1 - torch.arange(num_rows, device=x_BT.device) % (width - 1))[:, None]
-    is_later_BT = torch.arange(width, device=x_BT.device) >= cuts_B1
+def check_causality(
+    model: LossModel, vocab_size: int, num_rows: int, seq_len: int, device: torch.device
+) -> None:
+    """Two passes of [num_rows, seq_len]; seq_len is 2 or more. A different cut in every row. Inputs
+    and targets are drawn apart: the input after a position is its target, and a model that peeks
+    there must not be excused by the target's change."""
+    shape = (num_rows, seq_len)
+    x_BT, y_BT, other_BT = _draw(vocab_size, (3, *shape), device).unbind(0)
+    cuts_B1 = (seq_len - 1 - torch.arange(num_rows, device=device) % (seq_len - 1))[:, None]
+    is_later_BT = torch.arange(seq_len, device=device) >= cuts_B1
     before_BT = model(x_BT, y_BT, reduction="none")
     changed_x_BT = torch.where(is_later_BT, other_BT, x_BT)
     after_BT = model(changed_x_BT, torch.where(is_later_BT, other_BT, y_BT), reduction="none")
@@ -55,10 +52,14 @@ def _check_causality(model: LossModel, x_BT: Tensor, y_BT: Tensor, other_BT: Ten
         )
 
 
-def _check_sums(model: LossModel, x_BT: Tensor, vocab_size: int) -> None:
-    total_T = torch.zeros(x_BT.size(1), dtype=torch.float64, device=x_BT.device)
-    for first in range(0, vocab_size, x_BT.size(0)):
-        candidates_B = torch.arange(first, first + x_BT.size(0), device=x_BT.device)
+def check_sums(
+    model: LossModel, vocab_size: int, num_rows: int, seq_len: int, device: torch.device
+) -> None:
+    """V / num_rows passes of [num_rows, seq_len]."""
+    x_BT = _draw(vocab_size, (1, seq_len), device).repeat(num_rows, 1)
+    total_T = torch.zeros(seq_len, dtype=torch.float64, device=device)
+    for first in range(0, vocab_size, num_rows):
+        candidates_B = torch.arange(first, first + num_rows, device=device)
         targets_BT = candidates_B.clamp(max=vocab_size - 1)[:, None].expand_as(x_BT).contiguous()
         p_BT = torch.exp(-model(x_BT, targets_BT, reduction="none").double())
         total_T += torch.where((candidates_B < vocab_size)[:, None], p_BT, 0.0).sum(0)
@@ -68,3 +69,8 @@ def _check_sums(model: LossModel, x_BT: Tensor, vocab_size: int) -> None:
             f"the probabilities of all {vocab_size} tokens sum to 1 {worst:+.3g} at some position: "
             "what is scored is no distribution"
         )
+
+
+def _draw(vocab_size: int, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(vocab_size, shape, generator=generator).to(device)

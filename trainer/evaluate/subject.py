@@ -1,0 +1,71 @@
+"""What is evaluated, and on what: the arguments that every adaptive evaluation shares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from trainer.data.byte_table import ByteTable
+from trainer.data.dataset import Dataset
+from trainer.distributed import Group
+from trainer.evaluate.distribution_check import check_causality, check_sums
+from trainer.evaluate.scorer import Scorer
+from trainer.model.gpt import GPT
+
+SUM_ROWS, SUM_TOKENS = 64, 128
+"""Shape in which sums over the vocabulary are checked: small, for there are V / rows passes."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model, whose weights an adaptive evaluation changes, and its validation set."""
+
+    model: GPT
+    forward: Callable[..., Tensor]
+    """The model, compiled where that is on."""
+    dataset: Dataset
+    byte_table: ByteTable
+    micro_batch_tokens: int
+    """Most tokens of one forward and backward pass of a worker."""
+    group: Group
+
+    def scorer(self, seq_len: int) -> Scorer:
+        """A fresh pass over the targets that every evaluation at this seq_len scores."""
+        num_targets = self.dataset.num_scored_tokens(seq_len)
+        tokens = self.dataset.read_val()
+        return Scorer(tokens, num_targets, seq_len, self.byte_table, self.group)
+
+    def check(self, num_rows: int, seq_len: int) -> None:
+        """Compile the scoring pass of this shape and check what it gives, on random tokens. Raises
+        RuleError."""
+        vocab_size, device = self.model.config.vocab_size, self.group.device
+        check_causality(self.forward, vocab_size, num_rows, seq_len, device)
+        check_sums(self.model, vocab_size, SUM_ROWS, min(seq_len, SUM_TOKENS), device)
+
+
+@contextmanager
+def gradients_of(model: nn.Module, trained: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Inside, only these parameters of the model ask for gradients. A compiled graph is guarded by
+    who asks, so priming must happen inside as well."""
+    before = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    chosen = set(trained)
+    try:
+        for parameter in before:
+            parameter.requires_grad_(parameter in chosen)
+        yield
+    finally:
+        for parameter, asked in before.items():
+            parameter.requires_grad_(asked)
+
+
+def random_rows(
+    vocab_size: int, num_rows: int, seq_len: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """(x_BT, y_BT) for priming: no validation token may be seen outside the clock."""
+    generator = torch.Generator().manual_seed(0)
+    span = torch.randint(vocab_size, (num_rows, seq_len + 1), generator=generator).to(device)
+    return span[:, :-1].contiguous(), span[:, 1:].contiguous()
