@@ -44,7 +44,8 @@ def check_causality(
     before_BT = model(x_BT, y_BT, reduction="none")
     changed_x_BT = torch.where(is_later_BT, other_BT, x_BT)
     after_BT = model(changed_x_BT, torch.where(is_later_BT, other_BT, y_BT), reduction="none")
-    worst = float(torch.where(is_later_BT, 0.0, (after_BT - before_BT).abs()).max())
+    moved_BT = (after_BT - before_BT).detach().abs()
+    worst = float(torch.where(is_later_BT, 0.0, moved_BT).max())
     if not worst <= CAUSAL_NATS:
         raise RuleError(
             f"the loss of a token moved by {worst:.3g} nats when only later tokens changed: the "
@@ -61,7 +62,7 @@ def check_sums(
     for first in range(0, vocab_size, num_rows):
         candidates_B = torch.arange(first, first + num_rows, device=device)
         targets_BT = candidates_B.clamp(max=vocab_size - 1)[:, None].expand_as(x_BT).contiguous()
-        p_BT = torch.exp(-model(x_BT, targets_BT, reduction="none").double())
+        p_BT = torch.exp(-model(x_BT, targets_BT, reduction="none").detach().double())
         total_T += torch.where((candidates_B < vocab_size)[:, None], p_BT, 0.0).sum(0)
     worst = float((total_T - 1).abs().max())
     if not worst <= SUM_ERROR:

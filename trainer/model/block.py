@@ -39,7 +39,10 @@ class Block(nn.Module):
         x_BTC = keep_C * x_BTC + mix_C * context.x0_BTC
         attended_BTC, value_BTGD = self.attn(self._norm(x_BTC), context)
         x_BTC = self._kept(x_BTC, 0) + self.attn_scale.to(dtype) * attended_BTC
-        mixed_BTC = self.mlp(self._norm(x_BTC))
+        h_BTC = self._norm(x_BTC)
+        mixed_BTC = self.mlp(h_BTC)
+        if context.adapters is not None:
+            mixed_BTC = context.adapters.add("mlp", h_BTC, mixed_BTC)
         x_BTC = self._kept(x_BTC, 1) + self.mlp_scale.to(dtype) * mixed_BTC
         return x_BTC, value_BTGD
 

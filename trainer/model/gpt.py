@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from trainer.attention import Attend
 from trainer.config import ModelConfig
 from trainer.loss import Objective
+from trainer.model.adapters import Adapters
 from trainer.model.attention import Context
 from trainer.model.block import Block
 from trainer.model.embedding import BigramHash, ChannelSmear, TokenSmear, ValueTable
@@ -76,6 +77,7 @@ class GPT(nn.Module):
         tokens_BT: Tensor,
         targets_BT: Tensor,
         reduction: Literal["mean", "none", "objective"] = "mean",
+        adapters: Adapters | None = None,
     ) -> Tensor:
         """Cross-entropy of the targets in nats, fp32: the mean, or one value per token [B, T].
 
@@ -84,8 +86,9 @@ class GPT(nn.Module):
             targets_BT: int64 tokens to predict, the inputs moved on by one.
             reduction: "objective" is the scalar that training minimises; the other two never have
                 an objective's weights on the tokens.
+            adapters: what test-time training adds to this pass; None = the model as it is.
         """
-        logits_BTV = self.logits(tokens_BT)
+        logits_BTV = self.logits(tokens_BT, adapters)
         if reduction == "objective":
             if self.objective is not None:
                 objective: Tensor = self.objective(logits_BTV, targets_BT)
@@ -94,15 +97,17 @@ class GPT(nn.Module):
         loss = F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), reduction=reduction)
         return loss if reduction == "mean" else loss.view_as(targets_BT)
 
-    def logits(self, tokens_BT: Tensor) -> Tensor:
+    def logits(self, tokens_BT: Tensor, adapters: Adapters | None = None) -> Tensor:
         """Logits of the next token, squashed to +-softcap, [B, T, V], fp32."""
-        hidden_BTC = rms_norm(self._hidden(tokens_BT))
+        hidden_BTC = rms_norm(self._hidden(tokens_BT, adapters))
         weight = self.tok_emb.weight if self.config.tie_embeddings else self.head.weight
         raw_BTV = F.linear(hidden_BTC, weight.to(hidden_BTC.dtype))
         cap = self.config.logit_softcap
+        if adapters is not None:
+            return adapters.logits(hidden_BTC, raw_BTV, cap)
         return cap * torch.tanh(_at_least_fp32(raw_BTV) / cap)
 
-    def _hidden(self, tokens_BT: Tensor) -> Tensor:
+    def _hidden(self, tokens_BT: Tensor, adapters: Adapters | None = None) -> Tensor:
         """Residual stream before the final norm, [B, T, C], in compute_dtype. ConfigError when T is
         above max_seq_len."""
         cos_TF, sin_TF = self.rotary(tokens_BT.size(1))
@@ -110,7 +115,9 @@ class GPT(nn.Module):
         value_embed_BTK = (
             None if self.value_embed is None else self.value_embed(tokens_BT, self.compute_dtype)
         )
-        return self._run_blocks(x_BTC, Context(x_BTC, cos_TF, sin_TF, value_embed_BTK))
+        visits = () if adapters is None else adapters.by_visit()
+        context = Context(x_BTC, cos_TF, sin_TF, value_embed_BTK, all_adapters=visits)
+        return self._run_blocks(x_BTC, context)
 
     def _embed(self, tokens_BT: Tensor) -> Tensor:
         """The normalised embedding with what joins it, [B, T, C]."""
@@ -145,7 +152,7 @@ class GPT(nn.Module):
         for index, block in enumerate(self.blocks):
             if index >= first_decoder and waiting:
                 x_BTC = self._join(x_BTC, waiting.pop(), index - first_decoder)
-            x_BTC, value_BTGD = block(x_BTC, context)
+            x_BTC, value_BTGD = block(x_BTC, context.at_visit(index))
             if index == 0:
                 context = context._replace(first_value_BTGD=value_BTGD)
             if index < first_decoder:
