@@ -6,10 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from tests.trainer_tests.small_data import VOCAB_SIZE, random_tokens, write_folder
 from trainer.attention import select_backend
-from trainer.config import ModelConfig
+from trainer.config import EvaluateConfig, ModelConfig
 from trainer.data.byte_table import ByteTable
 from trainer.data.dataset import Dataset
 from trainer.distributed import Group
@@ -59,10 +60,11 @@ class RememberingScorer(Scorer):
 
     nats: dict[int, float]
 
-    def _record(self, x_BT, y_BT, nats_BT, rows, counted_BT) -> None:  # type: ignore[no-untyped-def]
-        super()._record(x_BT, y_BT, nats_BT, rows, counted_BT)
-        targets_BT = rows.targets(nats_BT.device)
-        found = zip(targets_BT[counted_BT].tolist(), nats_BT[counted_BT].tolist(), strict=True)
+    def _record(
+        self, nats_BT: Tensor, bytes_BT: Tensor, indices_BT: Tensor, counted_BT: Tensor
+    ) -> None:
+        super()._record(nats_BT, bytes_BT, indices_BT, counted_BT)
+        found = zip(indices_BT[counted_BT].tolist(), nats_BT[counted_BT].tolist(), strict=True)
         self.nats.update(found)
 
 
@@ -71,10 +73,10 @@ class RememberingSubject(Subject):
 
     nats: dict[int, float]
 
-    def scorer(self, seq_len: int) -> Scorer:
-        num_targets = self.dataset.num_scored_tokens(seq_len)
-        tokens = self.dataset.read_val()
-        scorer = RememberingScorer(tokens, num_targets, seq_len, self.byte_table, self.group)
+    def scorer(self, config: EvaluateConfig) -> Scorer:
+        scorer = super().scorer(config)
+        scorer.__class__ = RememberingScorer
+        assert isinstance(scorer, RememberingScorer)
         scorer.nats = {}
         object.__setattr__(self, "nats", scorer.nats)
         return scorer

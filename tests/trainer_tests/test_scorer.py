@@ -21,7 +21,7 @@ from trainer.data.byte_table import ByteTable
 from trainer.distributed import Group
 from trainer.errors import RuleError
 from trainer.evaluate.distribution_check import check_distribution
-from trainer.evaluate.scorer import LossModel, Scorer
+from trainer.evaluate.scorer import CountBytes, LossModel, Scorer
 from trainer.evaluate.windows import Rows
 from trainer.model.gpt import GPT
 
@@ -39,7 +39,11 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> ByteTable:
 
 
 def make(table: ByteTable, group: Group | None = None) -> Scorer:
-    return Scorer(TOKENS, NUM_TARGETS, SEQ_LEN, table, group or Group(CPU))
+    return Scorer(TOKENS, NUM_TARGETS, SEQ_LEN, counter(table), group or Group(CPU))
+
+
+def counter(table: ByteTable) -> CountBytes:
+    return lambda x_BT, y_BT, indices_BT: table.count(x_BT, y_BT)
 
 
 def rows(*spans: tuple[int, int, int]) -> Rows:
@@ -127,17 +131,20 @@ def test_documents_run_from_bos_to_the_next_and_cover_every_target(table: ByteTa
         scorer.text(29, 38)  # the text before that BOS is another document, not scored
 
 
-def test_the_score_is_the_mean_over_targets_and_rescoring_enters_it_alone(table: ByteTable) -> None:
+def test_the_score_is_the_mean_over_targets_and_mixing_enters_it_alone(table: ByteTable) -> None:
     spans = rows(*((start, start, start + 8) for start in range(0, 40, 8)))
     plain = make(table)
     nats = plain.score(PrefixModel(), spans, 5)
     asked: list[Tensor] = []
 
-    def halve(losses: Tensor, targets: Tensor) -> Tensor:
-        asked.append(targets)
-        return losses / 2
+    def halve(
+        model: LossModel, x_BT: Tensor, y_BT: Tensor, indices: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        asked.append(indices)
+        losses = model(x_BT, y_BT, reduction="none")
+        return losses, losses / 2
 
-    mixed = Scorer(TOKENS, NUM_TARGETS, SEQ_LEN, table, Group(CPU), halve)
+    mixed = Scorer(TOKENS, NUM_TARGETS, SEQ_LEN, counter(table), Group(CPU), halve)
     torch.testing.assert_close(mixed.score(PrefixModel(), spans, 5), nats)
     assert torch.equal(asked[0].flatten(), torch.arange(40))
     result = plain.result()

@@ -24,8 +24,7 @@ from trainer.config import EvaluateConfig
 from trainer.data.byte_table import ByteTable
 from trainer.data.dataset import Dataset
 from trainer.distributed import Group
-from trainer.evaluate.ngram_cache import NgramCache
-from trainer.evaluate.scorer import EvalResult, LossModel, Scorer
+from trainer.evaluate.scorer import EvalResult, LossModel, as_asked, open_scorer
 from trainer.evaluate.windows import Windows, plan_windows
 
 __all__ = ["EvalResult", "LossModel", "Progress", "evaluate", "prime"]
@@ -50,11 +49,7 @@ def evaluate(
     """
     dataset.check_scored_tokens(config.seq_len, expected=0)
     windows = plan_windows(dataset, config, group)
-    tokens = dataset.read_val()
-    cache = NgramCache.of(windows.padded(tokens), windows.num_targets, config, group.device)
-    rescore = None if cache is None else cache.mix
-    num_targets, pad = windows.num_targets, config.seq_len
-    scorer = Scorer(tokens, num_targets, pad, byte_table, group, rescore)
+    scorer = open_scorer(dataset, byte_table, config, group)
     with torch.inference_mode():
         for batch in range(windows.num_batches):
             scorer.score(model, windows.batch(batch), windows.batch_rows)
@@ -74,4 +69,4 @@ def prime(model: LossModel, dataset: Dataset, config: EvaluateConfig, group: Gro
     with torch.inference_mode():
         # The batch must be made in here: a compiled graph is guarded by the kind of its inputs.
         x_BT, y_BT, _ = windows.rows(windows.padded(tokens), 0, group.device)
-        model(x_BT, y_BT, reduction="none")
+        as_asked(model, config)(x_BT, y_BT, reduction="none")

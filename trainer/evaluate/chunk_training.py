@@ -77,7 +77,7 @@ def score_in_chunks(subject: Subject, config: EvaluateConfig) -> EvalResult:
     """Bits per byte with training on what is scored; changes the weights. Runs on every rank
     together; any number of ranks gives the same number, but for rounding."""
     group, plan = subject.group, _plan(subject, config)
-    scorer = subject.scorer(config.seq_len)
+    scorer = subject.scorer(config)
     with gradients_of(subject.model, trained_parameters(subject.model, config)):
         sgd = _sgd(subject, config)
         for chunk in range(plan.num_chunks):
@@ -98,7 +98,8 @@ def prime_chunks(subject: Subject, config: EvaluateConfig) -> None:
     """Compile every graph of `score_in_chunks` on random tokens, and check the scoring one."""
     with gradients_of(subject.model, trained_parameters(subject.model, config)):
         with torch.inference_mode():
-            subject.check(_plan(subject, config).windows.batch_rows, config.seq_len)
+            rows = _plan(subject, config).windows.batch_rows
+            subject.check(subject.forward, config, rows)
         _sgd(subject, config).prime(subject.model.config.vocab_size)
 
 

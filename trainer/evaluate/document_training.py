@@ -19,7 +19,6 @@ Legend: S visits of a block, D documents side by side, T tokens of a row, R rank
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -28,9 +27,8 @@ import torch
 from torch import Tensor, nn
 
 from trainer.config import EvaluateConfig, ModelConfig
-from trainer.evaluate.distribution_check import check_causality
 from trainer.evaluate.row_sgd import RowSgd, cosine, trained_parameters
-from trainer.evaluate.scorer import EvalResult, Scorer
+from trainer.evaluate.scorer import EvalResult, LossModel, Scorer, as_asked
 from trainer.evaluate.subject import Subject, gradients_of, random_rows
 from trainer.evaluate.windows import Rows
 from trainer.model.adapters import Adapters, adapter_widths, num_visits
@@ -115,7 +113,7 @@ class DocumentPass:
 
     def run(self) -> EvalResult:
         """Score everything."""
-        scorer = self.subject.scorer(self.config.seq_len)
+        scorer = self.subject.scorer(self.config)
         queue = scorer.documents(self.subject.model.config.bos_id)
         queue.sort(key=lambda document: document[0] - document[1])
         bounds = phase_bounds(len(queue), self.config)
@@ -134,12 +132,13 @@ class DocumentPass:
         model, rows, device = self._model_config, self.config.ttt_doc_batch, self._device
         with gradients_of(self.subject.model, ()), self._mode():
             forward = self._forward(self._lora(0))
+            asked = as_asked(forward, self.config)
             for seq_len in row_lengths(self.config):
                 drawn = random_rows(model.vocab_size, rows, seq_len, device)
-                nats_BT = forward(*drawn, reduction="none")
+                nats_BT = asked(*drawn, reduction="none")
                 if nats_BT.requires_grad:
                     torch.autograd.backward(nats_BT.sum())
-            check_causality(forward, model.vocab_size, rows, self.config.seq_len, device)
+            self.subject.check(forward, self.config, rows)
         self.loras.clear()
         if self.config.ttt_phases:
             with gradients_of(self.subject.model, self._trained()):
@@ -165,7 +164,7 @@ class DocumentPass:
             self.loras[lane] = made
         return self.loras[lane]
 
-    def _forward(self, lora: DocumentLora | None) -> Callable[..., Tensor]:
+    def _forward(self, lora: DocumentLora | None) -> LossModel:
         if lora is not None:
             return partial(self.subject.forward, adapters=lora.adapters(self.softcaps))
         if self.softcaps is not None:

@@ -19,23 +19,27 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from trainer.config import EvaluateConfig
 from trainer.data.byte_table import ByteTable
+from trainer.data.dataset import Dataset
 from trainer.data.documents import document_starts
 from trainer.data.shards import Tokens
 from trainer.distributed import Group
 from trainer.errors import RuleError
+from trainer.evaluate.ngram_cache import NgramCache
 from trainer.evaluate.windows import Rows, cut_rows
 
 Spans = Sequence[tuple[int, int]]
 """Ranges [first, end) of targets."""
-Rescore = Callable[[Tensor, Tensor], Tensor]
-"""(nats of targets, index of each target) -> the nats that count; of one shape."""
+CountBytes = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(tokens before, targets, index of each target) -> bytes of text that each target stands for."""
 
 
 class LossModel(Protocol):
@@ -46,6 +50,26 @@ class LossModel(Protocol):
     ) -> Tensor:
         """[B, T] fp32 nats of each target for reduction "none"."""
         ...
+
+
+class Ask(Protocol):
+    """How a model is asked for the nats of targets, in one forward pass."""
+
+    def __call__(
+        self, model: LossModel, x_BT: Tensor, y_BT: Tensor, indices: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """For the first rows, as many as `indices` has: the nats as the model gives them, which may
+        be learned from, and those that count, where what the text before a target says is mixed in
+        (its distribution must be fixed before the target is looked at)."""
+        ...
+
+
+def ask_model(
+    model: LossModel, x_BT: Tensor, y_BT: Tensor, indices: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The model's own nats count."""
+    nats_BT = model(x_BT, y_BT, reduction="none")[: len(indices)]
+    return nats_BT, nats_BT.detach()
 
 
 @dataclass(frozen=True)
@@ -67,8 +91,8 @@ class Scorer:
     Args:
         tokens: the validation tokens; num_targets + 1 of them are used.
         pad: longest row that will be asked for.
-        rescore: replaces the model's nats by those that count, for mixtures with what the text
-            before a target says; never what is trained on.
+        count_bytes: the denominator of bits per byte.
+        ask: how losses come from the model.
     """
 
     def __init__(
@@ -76,15 +100,15 @@ class Scorer:
         tokens: Tokens,
         num_targets: int,
         pad: int,
-        table: ByteTable,
+        count_bytes: CountBytes,
         group: Group,
-        rescore: Rescore | None = None,
+        ask: Ask = ask_model,
     ) -> None:
         self.num_targets = num_targets
         self._tokens = np.concatenate([tokens[: num_targets + 1], np.zeros(pad, tokens.dtype)])
-        self._table = table.to(group.device)
+        self._count_bytes = count_bytes
         self._group = group
-        self._rescore = rescore
+        self._ask = ask
         self._claimed = np.zeros(num_targets, np.int8)
         self._known = np.zeros(num_targets + 1, bool)
         self._known[0] = True
@@ -99,10 +123,11 @@ class Scorer:
         """
         self._claim(rows)
         x_BT, y_BT = cut_rows(self._tokens, rows, num_rows, self._group.device)
-        nats_BT = model(x_BT, y_BT, reduction="none")[: len(rows)]
+        indices_BT = rows.targets(self._group.device)
+        nats_BT, counting_BT = self._ask(model, x_BT, y_BT, indices_BT)
         counted_BT = rows.counted(self._group.device)
-        with torch.no_grad():
-            self._record(x_BT[: len(rows)], y_BT[: len(rows)], nats_BT, rows, counted_BT)
+        bytes_BT = self._count_bytes(x_BT[: len(rows)], y_BT[: len(rows)], indices_BT)
+        self._record(counting_BT, bytes_BT, indices_BT, counted_BT)
         return torch.where(counted_BT, nats_BT, 0.0)
 
     def settle(self, spans: Spans) -> None:
@@ -158,11 +183,40 @@ class Scorer:
             self._claimed[first:end] = 1
 
     def _record(
-        self, x_BT: Tensor, y_BT: Tensor, nats_BT: Tensor, rows: Rows, counted_BT: Tensor
+        self, nats_BT: Tensor, bytes_BT: Tensor, indices_BT: Tensor, counted_BT: Tensor
     ) -> None:
-        if self._rescore is not None:
-            nats_BT = self._rescore(nats_BT, rows.targets(nats_BT.device))
-        bytes_BT = self._table.count(x_BT, y_BT)
         self._sums[0] += torch.where(counted_BT, nats_BT.double(), 0.0).sum()
         self._sums[1] += counted_BT.sum()
         self._sums[2] += torch.where(counted_BT, bytes_BT, 0).sum()
+
+
+def open_scorer(
+    dataset: Dataset, byte_table: ByteTable, config: EvaluateConfig, group: Group
+) -> Scorer:
+    """A fresh pass over the targets that every evaluation at evaluate.seq_len scores. What is
+    counted in the text beforehand is counted here, inside the evaluation clock."""
+    num_targets, pad = dataset.num_scored_tokens(config.seq_len), config.seq_len
+    tokens = dataset.read_val()
+    table = byte_table.to(group.device)
+    padded = np.concatenate([tokens[: num_targets + 1], np.zeros(pad, tokens.dtype)])
+    cache = NgramCache.of(padded, num_targets, config, group.device)
+    return Scorer(
+        tokens,
+        num_targets,
+        pad,
+        lambda x_BT, y_BT, indices_BT: table.count(x_BT, y_BT),
+        group,
+        ask_model if cache is None else partial(_ask_and_mix, cache),
+    )
+
+
+def _ask_and_mix(
+    cache: NgramCache, model: LossModel, x_BT: Tensor, y_BT: Tensor, indices: Tensor
+) -> tuple[Tensor, Tensor]:
+    nats_BT, counting_BT = ask_model(model, x_BT, y_BT, indices)
+    return nats_BT, cache.mix(counting_BT, indices)
+
+
+def as_asked(model: LossModel, config: EvaluateConfig) -> LossModel:
+    """The model as `score` runs it, so that priming compiles that graph and no other."""
+    return model

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from trainer.config import EvaluateConfig
 from trainer.data.byte_table import ByteTable
 from trainer.data.dataset import Dataset
 from trainer.distributed import Group
 from trainer.evaluate.distribution_check import check_causality, check_sums
-from trainer.evaluate.scorer import Scorer
+from trainer.evaluate.scorer import LossModel, Scorer, as_asked, open_scorer
 from trainer.model.gpt import GPT
 
 SUM_ROWS, SUM_TOKENS = 64, 128
@@ -33,18 +34,18 @@ class Subject:
     """Most tokens of one forward and backward pass of a worker."""
     group: Group
 
-    def scorer(self, seq_len: int) -> Scorer:
-        """A fresh pass over the targets that every evaluation at this seq_len scores."""
-        num_targets = self.dataset.num_scored_tokens(seq_len)
-        tokens = self.dataset.read_val()
-        return Scorer(tokens, num_targets, seq_len, self.byte_table, self.group)
+    def scorer(self, config: EvaluateConfig) -> Scorer:
+        """A fresh pass over the text."""
+        return open_scorer(self.dataset, self.byte_table, config, self.group)
 
-    def check(self, num_rows: int, seq_len: int) -> None:
-        """Compile the scoring pass of this shape and check what it gives, on random tokens. Raises
-        RuleError."""
+    def check(self, forward: LossModel, config: EvaluateConfig, num_rows: int) -> None:
+        """Compile the pass of [num_rows, evaluate.seq_len] that will score, and check on random
+        tokens what it and the model give. Raises RuleError."""
         vocab_size, device = self.model.config.vocab_size, self.group.device
-        check_causality(self.forward, vocab_size, num_rows, seq_len, device)
-        check_sums(self.model, vocab_size, SUM_ROWS, min(seq_len, SUM_TOKENS), device)
+        asked = as_asked(forward, config)
+        check_causality(asked, vocab_size, num_rows, config.seq_len, device)
+        short = min(config.seq_len, SUM_TOKENS)
+        check_sums(self.model, vocab_size, SUM_ROWS, short, device)
 
 
 @contextmanager
