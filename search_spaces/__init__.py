@@ -1,5 +1,6 @@
 """What to try: every search space, in one visible table."""
 
+from search_spaces.evaluation import EVALUATION, EVALUATION_DOCUMENTS
 from search_spaces.learning_rates import LEARNING_RATES
 from search_spaces.sequence_mixes import SEQUENCE_MIXES
 from search_spaces.smoke import SMOKE
@@ -9,7 +10,15 @@ from search_spaces.window_x_mix import WINDOW_X_MIX
 
 SPACES: dict[str, Space] = {
     space.name: space
-    for space in (SMOKE, LEARNING_RATES, WINDOW_LAYERS, SEQUENCE_MIXES, WINDOW_X_MIX)
+    for space in (
+        SMOKE,
+        LEARNING_RATES,
+        WINDOW_LAYERS,
+        SEQUENCE_MIXES,
+        WINDOW_X_MIX,
+        EVALUATION,
+        EVALUATION_DOCUMENTS,
+    )
 }
 
 __all__ = ["SPACES", "Space"]
