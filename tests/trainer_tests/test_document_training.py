@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from pathlib import Path
@@ -33,8 +34,9 @@ from trainer.evaluate.document_training import (
     cut_batches,
     deal,
     phase_bounds,
-    row_lengths,
+    row_shapes,
 )
+from trainer.evaluate.methods import prime_score, score
 from trainer.evaluate.scorer import EvalResult, Scorer
 from trainer.model.adapters import Adapters
 from trainer.model.gpt import GPT
@@ -194,7 +196,7 @@ def written_out(config: EvaluateConfig) -> tuple[dict[int, float], Reference]:
                 drawn = {}
                 if lora is not None:
                     lora.restart()
-                    drawn = lora.adapters(None).stacked
+                    drawn = lora.adapters(config.ttt_doc_batch, None).stacked
                 for row, document in enumerate(batch):
                     factors = {
                         name: tuple(
@@ -321,7 +323,7 @@ def test_two_ranks_give_the_number_of_one(dataset: Dataset, changes: dict[str, A
 def test_warm_first_factors_stay_and_second_ones_do_not(warm: bool) -> None:
     config = settings(ttt_lora_warm_start=warm)
     lora = DocumentLora(config, small_gpt().config, 0, torch.device("cpu"))
-    first, second = lora.adapters(None).stacked["q"]
+    first, second = lora.adapters(3, None).stacked["q"]
     lora.step(((second + 0.1) * first.sum()).sum())
     kept = first.detach().clone()
     assert second.abs().max() > 0
@@ -383,13 +385,23 @@ def test_batches_are_dealt_out_once_and_evenly() -> None:
 
 
 def test_rows_hold_a_document_up_to_the_chunk_and_no_more() -> None:
-    config = settings(seq_len=48, ttt_doc_chunk_tokens=10)
-    assert row_lengths(config) == [48, 24, 12]
-    rows, learning = chunk_rows([(100, 160), (7, 39), (50, 75)], 2, 10, [48, 24, 12])
+    config = settings(seq_len=48, ttt_doc_chunk_tokens=10, ttt_doc_batch=16)
+    shapes = row_shapes(config)
+    assert shapes == [(2, 48), (16, 12), (16, 24), (16, 48)]
+    assert row_shapes(config.model_copy(update={"ttt_doc_lengths": 2})) == [
+        (2, 48),
+        (16, 24),
+        (16, 48),
+    ]
+    three = [(100, 160), (7, 39), (50, 75)]
+    rows, num_rows, learning = chunk_rows(three, 2, 10, shapes)
     assert (list(rows.starts), list(rows.firsts)) == ([100, 7, 50], [120, 27, 70])
-    assert (list(rows.ends), rows.seq_len, learning) == ([130, 37, 75], 48, 2)
-    rows, learning = chunk_rows([(100, 160), (7, 39), (50, 75)], 5, 10, [48, 24, 12])
-    assert (list(rows.starts), list(rows.ends), learning) == ([112], [160], 0)
+    assert (list(rows.ends), rows.seq_len, num_rows, learning) == ([130, 37, 75], 48, 16, 2)
+    rows, num_rows, learning = chunk_rows(three, 1, 10, shapes)
+    assert (list(rows.starts), rows.seq_len, num_rows, learning) == ([100, 7, 50], 24, 16, 3)
+    rows, num_rows, learning = chunk_rows(three, 5, 10, shapes)
+    assert (list(rows.starts), list(rows.ends)) == ([112], [160])
+    assert (rows.seq_len, num_rows, learning) == (48, 2, 0)
 
 
 def test_documents_between_passes_of_sgd() -> None:
@@ -407,7 +419,7 @@ def test_adapters_and_softcaps_by_their_formulas_forward_and_backward() -> None:
     lora = DocumentLora(config, reference.model.config, 0, torch.device("cpu"))
     stacked = {
         name: (a.detach().double().requires_grad_(), torch.randn_like(b).double().requires_grad_())
-        for name, (a, b) in lora.adapters(None).stacked.items()
+        for name, (a, b) in lora.adapters(3, None).stacked.items()
     }
     x = torch.randint(4, 300, (3, 9))
     y = torch.randint(4, 300, (3, 9))
@@ -440,26 +452,26 @@ def test_adapters_that_begin_leave_the_model_as_it_is_to_the_bit() -> None:
     lora = DocumentLora(config, model.config, 0, torch.device("cpu"))
     x = torch.randint(4, 300, (3, 9))
     plain = model(x, x, reduction="none")
-    assert torch.equal(model(x, x, reduction="none", adapters=lora.adapters(None)), plain)
+    assert torch.equal(model(x, x, reduction="none", adapters=lora.adapters(3, None)), plain)
     caps = torch.full((2,), 30.0)
     assert torch.equal(model(x, x, reduction="none", adapters=Adapters({}, softcaps=caps)), plain)
 
 
-def test_adapters_trace_as_one_graph_for_all_batches() -> None:
+@pytest.mark.parametrize("kind", ["documents", "chunks"])
+def test_nothing_is_compiled_after_priming(dataset: Dataset, kind: str) -> None:
     torch._dynamo.reset()
-    model, config = small_gpt(), settings()
-    compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")
-    x = torch.randint(4, 300, (3, 9))
+    config = settings(ttt=kind, ttt_chunk_tokens=32, ttt_lora_warm_start=True)
+    if kind == "documents":
+        config = config.model_copy(update={"ttt_phases": 1, "ttt_asym_logit": True})
+    eager, it = (subject(dataset, model=small_gpt(**UNTIED)) for _ in range(2))
+    compiled = torch.compile(it.model, fullgraph=True, dynamic=False, backend="aot_eager")
+    it = dataclasses.replace(it, forward=compiled)
+    prime_score(it, config)
     counter = torch._dynamo.utils.counters["stats"]
-    before = counter["unique_graphs"]
-    for lane in range(3):
-        lora = DocumentLora(config, model.config, lane, torch.device("cpu"))
-        nats = compiled(x, x, reduction="none", adapters=lora.adapters(None))
-        lora.step(nats.sum())
-        expected = model(x, x, reduction="none", adapters=lora.adapters(None))
-        again = compiled(x, x, reduction="none", adapters=lora.adapters(None))
-        torch.testing.assert_close(again, expected)
-    assert counter["unique_graphs"] == before + 1
+    graphs = counter["unique_graphs"]
+    found = score(it, config)
+    assert graphs > 1 and counter["unique_graphs"] == graphs
+    assert found.val_loss == pytest.approx(score(eager, config).val_loss, rel=1e-5)
 
 
 def test_priming_changes_nothing_and_sees_no_validation_token(

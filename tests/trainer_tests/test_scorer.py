@@ -110,6 +110,11 @@ def test_the_model_is_shown_nothing_beyond_the_last_scored_target(table: ByteTab
     assert x_BT[2].tolist() == [0] * 8
 
 
+def test_what_is_hidden_of_a_single_row_does_not_reach_its_targets(table: ByteTable) -> None:
+    alone = make(table).score(PrefixModel(), rows((2, 4, 7)), 1)
+    torch.testing.assert_close(alone, make(table).score(PrefixModel(), rows((2, 4, 7)), 3))
+
+
 def test_losses_come_back_for_the_scored_targets_only(table: ByteTable) -> None:
     found = make(table).score(PrefixModel(), rows((2, 4, 7)), 2)
     model = PrefixModel()

@@ -78,6 +78,9 @@ class EvaluateConfig(Settings):
     ttt_doc_lanes: PositiveInt = 8
     """Independent queues of batches of documents, spread over the workers; at least as many as
     workers, or some idle. The score depends on it, on the number of workers it does not."""
+    ttt_doc_lengths: PositiveInt = 6
+    """Most lengths to which rows are filled up: seq_len, its half and so on while they hold a
+    chunk. Each is compiled; fewer waste more on short documents. The score stays the same."""
     ttt_lora_rank: Annotated[int, Field(ge=0)] = 96
     """Rank of the adapters; 0 = none, documents are scored one by one as they are."""
     ttt_lora_alpha: PositiveFloat = 144.0

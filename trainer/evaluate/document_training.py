@@ -75,9 +75,13 @@ class DocumentLora:
             if not self._warm:
                 self._draw(name)
 
-    def adapters(self, softcaps: Tensor | None) -> Adapters:
-        """For a forward pass of D rows."""
-        return Adapters(dict(self._factors), self._scale, softcaps)
+    def adapters(self, num_rows: int, softcaps: Tensor | None) -> Adapters:
+        """For a forward pass of the first `num_rows` documents."""
+        stacked = {
+            name: (first[..., :num_rows, :, :], second[..., :num_rows, :, :])
+            for name, (first, second) in self._factors.items()
+        }
+        return Adapters(stacked, self._scale, softcaps)
 
     def step(self, loss: Tensor) -> None:
         """One step down the gradient of a scalar."""
@@ -129,16 +133,17 @@ class DocumentPass:
 
     def prime(self) -> None:
         """Compile every graph on random tokens, check the longest, change nothing."""
-        model, rows, device = self._model_config, self.config.ttt_doc_batch, self._device
+        model, device = self._model_config, self._device
         with gradients_of(self.subject.model, ()), self._mode():
-            forward = self._forward(self._lora(0))
-            asked = as_asked(forward, self.config)
-            for seq_len in row_lengths(self.config):
-                drawn = random_rows(model.vocab_size, rows, seq_len, device)
+            lora = self._lora(0)
+            for num_rows, seq_len in row_shapes(self.config):
+                asked = as_asked(self._forward(lora, num_rows), self.config)
+                drawn = random_rows(model.vocab_size, num_rows, seq_len, device)
                 nats_BT = asked(*drawn, reduction="none")
                 if nats_BT.requires_grad:
                     torch.autograd.backward(nats_BT.sum())
-            self.subject.check(forward, self.config, rows)
+            num_rows = self.config.ttt_doc_batch
+            self.subject.check(self._forward(lora, num_rows), self.config, num_rows)
         self.loras.clear()
         if self.config.ttt_phases:
             with gradients_of(self.subject.model, self._trained()):
@@ -164,9 +169,10 @@ class DocumentPass:
             self.loras[lane] = made
         return self.loras[lane]
 
-    def _forward(self, lora: DocumentLora | None) -> LossModel:
+    def _forward(self, lora: DocumentLora | None, num_rows: int = 0) -> LossModel:
         if lora is not None:
-            return partial(self.subject.forward, adapters=lora.adapters(self.softcaps))
+            adapters = lora.adapters(num_rows, self.softcaps)
+            return partial(self.subject.forward, adapters=adapters)
         if self.softcaps is not None:
             return partial(self.subject.forward, adapters=Adapters({}, softcaps=self.softcaps))
         return self.subject.forward
@@ -186,13 +192,12 @@ class DocumentPass:
         self, scorer: Scorer, documents: list[Document], lora: DocumentLora | None
     ) -> None:
         """Documents side by side, longest first, chunk after chunk."""
-        size, lengths = self.config.ttt_doc_chunk_tokens, row_lengths(self.config)
+        size, shapes = self.config.ttt_doc_chunk_tokens, row_shapes(self.config)
         if lora is not None:
             lora.restart()
-        forward = self._forward(lora)
         for chunk in range(math.ceil((documents[0][1] - documents[0][0]) / size)):
-            rows, num_learning = chunk_rows(documents, chunk, size, lengths)
-            nats_DT = scorer.score(forward, rows, self.config.ttt_doc_batch)
+            rows, num_rows, num_learning = chunk_rows(documents, chunk, size, shapes)
+            nats_DT = scorer.score(self._forward(lora, num_rows), rows, num_rows)
             if lora is not None and num_learning:
                 lora.step(nats_DT[:num_learning].sum() / size)
 
@@ -242,27 +247,34 @@ def deal(batches: list[list[Document]], lane: int, num_lanes: int) -> list[list[
     return [batch for batch, own in zip(batches, lanes, strict=True) if own == lane]
 
 
-def row_lengths(config: EvaluateConfig) -> list[int]:
-    """Lengths to which rows are filled up, longest first: seq_len and its halves that still hold a
-    chunk. Each is a graph of its own; a third of the work is filling, on average."""
+def row_shapes(config: EvaluateConfig) -> list[tuple[int, int]]:
+    """(rows, T) of forward passes, each a graph of its own: all documents at every length, and an
+    eighth of them at the longest, for few documents are very long and the others wait for them."""
     lengths = [config.seq_len]
-    while lengths[-1] % 2 == 0 and lengths[-1] // 2 >= config.ttt_doc_chunk_tokens:
+    while (
+        len(lengths) < config.ttt_doc_lengths
+        and lengths[-1] % 2 == 0
+        and lengths[-1] // 2 >= config.ttt_doc_chunk_tokens
+    ):
         lengths.append(lengths[-1] // 2)
-    return lengths
+    few = (max(1, config.ttt_doc_batch // 8), config.seq_len)
+    return sorted({few, *((config.ttt_doc_batch, length) for length in lengths)})
 
 
 def chunk_rows(
-    documents: list[Document], chunk: int, size: int, lengths: list[int]
-) -> tuple[Rows, int]:
-    """The rows of the documents that reach this chunk, and how many of them, from the first, go on
-    after it and may learn from it. Documents come longest first."""
+    documents: list[Document], chunk: int, size: int, shapes: list[tuple[int, int]]
+) -> tuple[Rows, int, int]:
+    """The rows of the documents that reach this chunk; rows of the forward pass; and how many of
+    the documents, from the first, go on after it and may learn from it. Documents come longest
+    first."""
     begins, limits = np.array(documents, dtype=np.int64).T
     firsts = begins + chunk * size
     reaching = int((firsts < limits).sum())
     learning = int((firsts + size < limits).sum())
     begins, firsts, limits = begins[:reaching], firsts[:reaching], limits[:reaching]
     ends = np.minimum(firsts + size, limits)
-    starts = np.maximum(begins, ends - lengths[0])
+    starts = np.maximum(begins, ends - max(seq_len for _, seq_len in shapes))
     longest = int((ends - starts).max())
-    seq_len = min(length for length in lengths if length >= longest)
-    return Rows(starts, firsts, ends, seq_len), learning
+    fitting = [shape for shape in shapes if shape[0] >= reaching and shape[1] >= longest]
+    num_rows, seq_len = min(fitting, key=lambda shape: shape[0] * shape[1])
+    return Rows(starts, firsts, ends, seq_len), num_rows, learning

@@ -68,5 +68,5 @@ def random_rows(
 ) -> tuple[Tensor, Tensor]:
     """(x_BT, y_BT) for priming: no validation token may be seen outside the clock."""
     generator = torch.Generator().manual_seed(0)
-    span = torch.randint(vocab_size, (num_rows, seq_len + 1), generator=generator).to(device)
-    return span[:, :-1].contiguous(), span[:, 1:].contiguous()
+    x_BT, y_BT = torch.randint(vocab_size, (2, num_rows, seq_len), generator=generator).to(device)
+    return x_BT, y_BT

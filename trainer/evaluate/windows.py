@@ -73,7 +73,10 @@ def cut_rows(
     span = torch.zeros(num_rows, rows.seq_len + 1, dtype=torch.int64)
     span[: len(rows)] = torch.from_numpy(view[rows.starts].astype(np.int64))
     span = span.to(device)
-    x_BT, y_BT = span[:, :-1].contiguous(), span[:, 1:].contiguous()
+    # Copies: parts of a single row count as contiguous, and would share memory.
+    x_BT, y_BT = (
+        part.clone(memory_format=torch.contiguous_format) for part in (span[:, :-1], span[:, 1:])
+    )
     if (rows.ends < rows.starts + rows.seq_len).any():
         hidden_BT = rows.targets(device) >= _on(rows.ends, device)
         x_BT[: len(rows)].masked_fill_(hidden_BT, 0)
