@@ -1,5 +1,6 @@
 """What to try: every search space, in one visible table."""
 
+from search_spaces.evaluation import EVALUATION, EVALUATION_DOCUMENTS
 from search_spaces.learning_rates import LEARNING_RATES
 from search_spaces.optimizers import OPTIMIZERS
 from search_spaces.quantization import QUANTIZATION
@@ -21,6 +22,8 @@ SPACES: dict[str, Space] = {
         WINDOW_X_MIX,
         RECURRENCE,
         QUANTIZATION,
+        EVALUATION,
+        EVALUATION_DOCUMENTS,
     )
 }
 

@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 
 from trainer import errors
@@ -70,6 +72,14 @@ class Group:
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
+
+    def sum_counts(self, counts: NDArray[np.int8]) -> NDArray[np.int8]:
+        """Element-wise sum over ranks of small host numbers, not touching the device."""
+        if self.size == 1:
+            return counts
+        box = torch.from_numpy(counts.copy())
+        dist.all_reduce(box, group=self._control)
+        return box.numpy()
 
     def all_reduce_mean_(self, tensors: Sequence[Tensor]) -> None:
         """Mean over ranks of each tensor, in place; one collective per dtype."""

@@ -14,8 +14,10 @@ from torch import Tensor
 from trainer import artifact, checkpoint
 from trainer.calibrate import calibrate
 from trainer.code import packed_code
-from trainer.evaluate.bits_per_byte import EvalResult
+from trainer.config import TrainConfig
+from trainer.errors import ConfigError
 from trainer.evaluate.naive_ttt import train_on_validation
+from trainer.evaluate.scorer import EvalResult
 from trainer.quantize import QuantizedState, coded_names, dequantize, quantize
 from trainer.quantize.prune import prune_to_fit
 from trainer.workspace import Workspace
@@ -115,6 +117,28 @@ class Finish:
         if num_pruned:
             self.work.log(f"pruned {num_pruned:,} codes of 1 to fit {cap:,} bytes of model")
         return blob
+
+    def adopt(self, path: Path) -> tuple[PackedSize, TrainConfig]:
+        """Size and settings of a file that another run packed, on every rank. Raises ArtifactError,
+        and ConfigError when it holds another model than this run's."""
+        group = self.work.group
+        with self.work.timer.phase("restore"):
+            blob = group.broadcast_bytes(group.on_main(lambda: artifact.read(path)))
+            made, _ = artifact.decode(blob)
+        own = self.work.config.model.model_dump()
+        faults = [
+            f"model.{name} = {value!r} where this run has {own[name]!r}"
+            for name, value in made.model.model_dump().items()
+            if value != own[name]
+        ]
+        if faults:
+            raise ConfigError(
+                f"source.artifact = {path} was made with {', '.join(faults)}; give the settings "
+                "that it was made with, or another file"
+            )
+        return PackedSize(
+            len(packed_code(self.work.config)), len(blob), artifact.sha256(blob)
+        ), made
 
     def score_artifact(self, path: Path) -> EvalResult:
         """Bits per byte of the file: read it back, decode, load, evaluate on all ranks."""

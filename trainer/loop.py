@@ -23,8 +23,7 @@ from trainer.config import TrainConfig
 from trainer.config.recurrence import visits_at
 from trainer.config.row_schedule import row_stages
 from trainer.distributed import Group, join_group
-from trainer.evaluate.bits_per_byte import EvalResult
-from trainer.evaluate.bits_per_byte import prime as prime_evaluation
+from trainer.evaluate.scorer import EvalResult
 from trainer.finish import Finish, PackedSize
 from trainer.legality import illegal_in_use
 from trainer.optim import Optimizer, WeightAverage, build_average, build_optimizer
@@ -50,6 +49,8 @@ def train(config: TrainConfig, reporter: Reporter, out: Path | None = None) -> T
     with join_group(config.runtime.device) as group, tempfile.TemporaryDirectory() as scratch:
         run = Run.build(config, reporter if group.is_main else NullReporter(), group)
         finish = Finish(run.work)
+        if config.source.artifact:
+            return run.score_only(finish, Path(config.source.artifact))
         try:
             if config.source.skips_training:
                 run.restore()
@@ -97,6 +98,8 @@ class Run:
     train_loss: float | None = None
     step_seconds: list[float] = field(default_factory=list)
     kept: KeptStep | None = None
+    trained_as: TrainConfig | None = None
+    """Settings that the weights were trained with, where another run did."""
     unaveraged: float | None = None
     """Progress of the last step, until its weights are taken into the average."""
     primed_seconds: dict[float, float] = field(default_factory=dict)
@@ -147,24 +150,32 @@ class Run:
             self.work.model.load_state_dict(weights)
             self.optimizer.load_state_dict(optimizer_state)
             self.work.loader.load_state_dict(position)
-            prime_evaluation(
-                self.work.forward, self.work.dataset, self.config.evaluate, self.work.group
-            )
-
-    def note_compilation(self) -> None:
-        """Something is being compiled: a fault of priming when the clock runs."""
-        self.compilations += self.clock.is_running
+            self.work.prime_evaluation()
 
     def restore(self) -> None:
         """Take the weights from source.checkpoint instead of training; prime what scores them."""
         with self.work.timer.phase("restore"):
             load_weights(self.work.model, self.config.source.checkpoint, self.work.group)
         self.average = None
+        self._prime_evaluation()
+
+    def score_only(self, finish: Finish, path: Path) -> TrainResult:
+        """The score of a packed file; nothing is trained, nothing written."""
+        self.work.loader.close()
+        self.average = None
+        size, made = finish.adopt(path)
+        self.trained_as = made.model_copy(update={"evaluate": self.config.evaluate})
+        self._prime_evaluation()
+        return self.result(score=finish.score_artifact(path), size=size)
+
+    def _prime_evaluation(self) -> None:
         if self.config.runtime.prime_steps:
             with self.work.timer.phase("prime"):
-                prime_evaluation(
-                    self.work.forward, self.work.dataset, self.config.evaluate, self.work.group
-                )
+                self.work.prime_evaluation()
+
+    def note_compilation(self) -> None:
+        """Something is being compiled: a fault of priming when the clock runs."""
+        self.compilations += self.clock.is_running
 
     def _step(self, step: int, progress: float) -> Tensor:
         """One optimiser step; returns the mean training loss over all workers, on the device."""
@@ -366,7 +377,17 @@ class Run:
             bytes_code=size.bytes_code if size else None,
             bytes_model=size.bytes_model if size else None,
             artifact_sha256=size.sha256 if size else None,
-            illegal=illegal_in_use(self.config),
+            skipped=self._skipped() if score else [],
+            illegal=illegal_in_use(self.trained_as or self.config),
             compilations=compilations,
             peak_memory_bytes=self.work.peak_memory(),
         )
+
+    def _skipped(self) -> list[str]:
+        """Diagnostic passes that the settings left out, in the words of the stages."""
+        possible = ["quantized"]
+        if not self.config.source.artifact:
+            possible = ["trained", "quantized"]
+        if self.average is not None and self.average.num_updates:
+            possible = ["trained", "averaged", "quantized"]
+        return [name for name in possible if name not in self.work.stages]

@@ -15,6 +15,8 @@ OPTIONAL: dict[str, Callable[[TrainConfig], bool]] = {
     "trainer.attention.varlen": lambda run: run.runtime.attention == "varlen",
     "trainer.checkpoint": lambda run: bool(run.source.checkpoint) or run.runtime.save_checkpoint,
     "trainer.data.overlap": lambda run: run.data.max_overlap < 1,
+    "trainer.evaluate.chunk_training": lambda run: run.evaluate.ttt == "chunks",
+    "trainer.evaluate.document_training": lambda run: run.evaluate.ttt == "documents",
     "trainer.evaluate.naive_ttt": lambda run: run.evaluate.naive_ttt_epochs > 0,
     "trainer.evaluate.ngram_cache": lambda run: (
         run.evaluate.ngram_weight > 0 or run.evaluate.tilt_beta > 0
@@ -22,6 +24,7 @@ OPTIONAL: dict[str, Callable[[TrainConfig], bool]] = {
     "trainer.evaluate.tilt": lambda run: run.evaluate.tilt_beta > 0,
     "trainer.kernels.cross_entropy": lambda run: run.runtime.loss_kernel != "compiled",
     "trainer.kernels.mlp": lambda run: run.runtime.mlp_kernel != "compiled",
+    "trainer.model.adapters": lambda run: run.evaluate.ttt == "documents",
     "trainer.model.differential": lambda run: run.model.diff_attention != "off",
     "trainer.model.shared": lambda run: run.model.num_loops > 1,
     "trainer.optim.sharded_muon": lambda run: run.optim.muon_comm == "reduce_scatter",

@@ -139,6 +139,9 @@ class TrainResult(BaseModel):
     """Bits per byte stage by stage, as far as measured: "trained" at the end of training and
     "averaged" where average.kind replaced those weights, both before quantisation; "quantized"
     after it; all in plain rows; and the score under the name of its method."""
+    skipped: list[str] = []
+    """Diagnostic passes that evaluate.prequant and evaluate.stages left out, in the words of
+    `stages`."""
     val_tokens: int | None = None
     """Scored tokens."""
     bytes_code: int | None = None

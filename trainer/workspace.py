@@ -21,7 +21,9 @@ from trainer.data.dataset import Dataset
 from trainer.data.loader import TrainLoader
 from trainer.data.overlap import check_overlap
 from trainer.distributed import Group
-from trainer.evaluate.bits_per_byte import EvalResult, evaluate
+from trainer.evaluate.methods import prime_score, score
+from trainer.evaluate.scorer import EvalResult
+from trainer.evaluate.subject import Subject
 from trainer.kernels.choice import choose_kernel
 from trainer.loss import build_objective
 from trainer.model.gpt import GPT
@@ -83,8 +85,23 @@ class Workspace:
         self.reporter.emit("log", line=line)
 
     def evaluate(self, config: EvaluateConfig) -> EvalResult:
-        """Bits per byte of the weights in memory, over all ranks."""
-        return evaluate(self.forward, self.dataset, self.byte_table, config, self.group)
+        """Bits per byte of the weights in memory, over all ranks. Where evaluate.ttt adapts them,
+        they stay changed."""
+        return score(self._subject(), config)
+
+    def prime_evaluation(self) -> None:
+        """Compile what this run's score needs, outside every clock, without validation tokens."""
+        prime_score(self._subject(), self.config.evaluate)
+
+    def _subject(self) -> Subject:
+        return Subject(
+            self.model,
+            self.forward,
+            self.dataset,
+            self.byte_table,
+            self.config.data.micro_batch_tokens,
+            self.group,
+        )
 
     def peak_memory(self) -> int:
         """Bytes that the most loaded rank has used at once: of the GPU, or of its process."""

@@ -80,7 +80,7 @@ class ArtifactSize(Filter):
 
     def before_launch(self, spec: TrialSpec) -> Verdict | None:
         cap = spec.config.budget.artifact_bytes
-        if cap is None:
+        if cap is None or spec.config.source.artifact:  # a file that exists needs no forecast
             return None
         forecast = self.forecast(spec.config)
         over = forecast.probability_over(cap)
@@ -101,7 +101,7 @@ class ArtifactSize(Filter):
         return SizeForecast(code_bytes(config) + mean * raw, spread * raw, len(ratios.seen))
 
     def learn(self, config: TrainConfig, result: TrainResult) -> None:
-        if result.bytes_model is not None:
+        if result.bytes_model is not None and not config.source.artifact:
             ratios = self._ratios.setdefault(_kind(config), _prior(config))
             ratios.seen.append(result.bytes_model / raw_bytes(config))
 

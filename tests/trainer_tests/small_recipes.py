@@ -69,6 +69,20 @@ SMALL: dict[str, dict[str, Any]] = {
         "quantize.calibration_tokens": 1024,
         "quantize.keep_float_max_numel": 512,
     },
-    "pr1894": RECURRENT,
-    "frontier": {**RECURRENT, "model.xsa_last_n": 5, "average.decay": 0.8},
+    "pr1894": {
+        **RECURRENT,
+        "qat_lite.first_layer": 2,
+        "evaluate.ttt_chunk_tokens": 256,
+        "evaluate.ttt_batch_rows": 8,
+    },
+    "frontier": {
+        **RECURRENT,
+        "model.xsa_last_n": 5,
+        "average.decay": 0.8,
+        "evaluate.stride": 0,
+        "evaluate.ttt_doc_chunk_tokens": 8,
+        "evaluate.ttt_doc_batch": 4,
+        "evaluate.ttt_prefix_docs": 8,
+        "evaluate.ttt_lora_rank": 2,
+    },
 }

@@ -213,14 +213,18 @@ MORE: dict[str, object] = {
 }
 
 
+PR1212 = SMALL["pr1212"] | {"data.loader": "sequential"}
+"""The data is too small for the order of rows that it has."""
+
+
 @pytest.mark.parametrize("name", ["tiny", "more", *SMALL])
 def test_a_training_from_the_packed_code_gives_the_same_artifact(
     name: str,
-    configure: Callable[..., TrainConfig],
-    tmp_path: Path,  # noqa: F811
+    configure: Callable[..., TrainConfig],  # noqa: F811
+    tmp_path: Path,
 ) -> None:
     """Of each recipe, without the modules that it does not need."""
-    settings = {"tiny": {}, "more": MORE} | SMALL
+    settings = {"tiny": {}, "more": MORE} | SMALL | {"pr1212": PR1212}
     plain_config = configure()
     config = (
         RECIPES[name if name in SMALL else "tiny"]

@@ -70,6 +70,7 @@ class TrainConfig(Settings):
         faults.extend(self._calibration_faults())
         faults.extend(self._recurrence_faults())
         faults.extend(self._kernel_faults())
+        faults.extend(self._ttt_faults())
         return raise_together(self, faults)
 
     def _calibration_faults(self) -> list[str]:
@@ -135,6 +136,28 @@ class TrainConfig(Settings):
             faults.append(
                 f'runtime.loss_kernel = "fused" has no weights on the tokens, which loss.kind = '
                 f'"{self.loss.kind}" needs; set runtime.loss_kernel = compiled'
+            )
+        return faults
+
+    def _ttt_faults(self) -> list[str]:
+        faults, model, evaluate = [], self.model, self.evaluate
+        if evaluate.ttt != "off" and evaluate.ttt_freeze_blocks >= model.num_layers:
+            faults.append(
+                f"evaluate.ttt_freeze_blocks = {evaluate.ttt_freeze_blocks} leaves none of "
+                f"model.num_layers = {model.num_layers} blocks to train; lower it"
+            )
+        if evaluate.ttt != "documents":
+            return faults
+        if evaluate.ttt_lora_rank and model.num_loops > 1:
+            faults.append(
+                f"evaluate.ttt_lora_rank = {evaluate.ttt_lora_rank}: adapters of documents are not "
+                f"defined for model.num_loops = {model.num_loops}; set either to 0 or 1"
+            )
+        if 0 < model.rope_ntk_len < evaluate.seq_len:
+            faults.append(
+                f"model.rope_ntk_len = {model.rope_ntk_len} turns rows of other lengths "
+                'differently, and rows of evaluate.ttt = "documents" grow; raise it to '
+                f"evaluate.seq_len = {evaluate.seq_len}, or set 0"
             )
         return faults
 

@@ -16,49 +16,22 @@ Shapes: B rows of one forward pass, T evaluate.seq_len.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from trainer.config import EvaluateConfig
 from trainer.data.byte_table import ByteTable
 from trainer.data.dataset import Dataset
 from trainer.distributed import Group
-from trainer.evaluate.ngram_cache import NgramCache
-from trainer.evaluate.target_bytes import target_bytes
-from trainer.evaluate.tilt import Tilt, as_scored
+from trainer.evaluate.scorer import EvalResult, LossModel, as_asked, open_scorer
 from trainer.evaluate.windows import Windows, plan_windows
+
+__all__ = ["EvalResult", "LossModel", "Progress", "evaluate", "prime"]
 
 Progress = Callable[[int, int], None]
 """Called with (batches done, batches in all) after each batch is launched; must not block."""
-
-
-class LossModel(Protocol):
-    """What evaluation needs of a model; GPT and its compiled form have it."""
-
-    def __call__(
-        self, tokens_BT: Tensor, targets_BT: Tensor, reduction: Literal["mean", "none"]
-    ) -> Tensor:
-        """[B, T] fp32 nats of each target for reduction "none"; for targets of shape [B, T, K], K
-        tokens for each place, [B, T, K]."""
-        ...
-
-
-@dataclass(frozen=True)
-class EvalResult:
-    """The score of a model on a validation set."""
-
-    val_loss: float
-    """Nats per token."""
-    val_bpb: float
-    """Bits per byte of text."""
-    num_tokens: int
-    num_bytes: int
 
 
 def evaluate(
@@ -77,39 +50,13 @@ def evaluate(
     """
     dataset.check_scored_tokens(config.seq_len, expected=0)
     windows = plan_windows(dataset, config, group)
-    tokens = windows.padded(dataset.read_val())
-    tilt = None
-    if config.tilt_beta > 0:
-        tilt = Tilt.of(tokens[: windows.num_targets + 1], config, group)
-    cache = NgramCache.of(tokens, windows.num_targets, config, group.device)
-    count_bytes = target_bytes(dataset, byte_table, group.device)
-    sums = torch.zeros(3, dtype=torch.float64, device=group.device)
+    scorer = open_scorer(dataset, byte_table, config, group)
     with torch.inference_mode():
         for batch in range(windows.num_batches):
-            x_BT, y_BT, num_rows = windows.rows(tokens, batch, group.device)
-            counted_BT = windows.counted(batch, group.device)
-            indices_BT = windows.targets(batch, group.device)
-            if tilt is None:
-                loss_BT = model(x_BT, y_BT, reduction="none")[:num_rows]
-            else:
-                _, loss_BT = tilt.score(model, x_BT, y_BT, indices_BT)
-            if cache is not None:
-                loss_BT = cache.mix(loss_BT, indices_BT)
-            bytes_BT = count_bytes(x_BT[:num_rows], y_BT[:num_rows], indices_BT)
-            sums[0] += torch.where(counted_BT, loss_BT.double(), 0.0).sum()
-            sums[1] += counted_BT.sum()
-            sums[2] += torch.where(counted_BT, bytes_BT, 0).sum()
+            scorer.score(model, windows.batch(batch), windows.batch_rows)
             if progress is not None:
                 progress(batch + 1, windows.num_batches)
-        group.all_reduce_sum_(sums)
-    nats, num_tokens, num_bytes_all = sums.tolist()
-    val_loss = nats / num_tokens
-    return EvalResult(
-        val_loss=val_loss,
-        val_bpb=val_loss / math.log(2) * (num_tokens / num_bytes_all),
-        num_tokens=int(num_tokens),
-        num_bytes=int(num_bytes_all),
-    )
+        return scorer.result()
 
 
 def prime(model: LossModel, dataset: Dataset, config: EvaluateConfig, group: Group) -> None:
@@ -123,6 +70,4 @@ def prime(model: LossModel, dataset: Dataset, config: EvaluateConfig, group: Gro
     with torch.inference_mode():
         # The batch must be made in here: a compiled graph is guarded by the kind of its inputs.
         x_BT, y_BT, _ = windows.rows(windows.padded(tokens), 0, group.device)
-        model(x_BT, y_BT, reduction="none")
-        if config.tilt_beta > 0:
-            model(x_BT, as_scored(y_BT, config), reduction="none")
+        as_asked(model, config)(x_BT, y_BT, reduction="none")

@@ -55,14 +55,12 @@ class Tilt:
     beta: float
 
     @classmethod
-    def of(cls, tokens: Tokens, config: EvaluateConfig, group: Group) -> Tilt | None:
-        """None when switched off. Runs on every rank together, inside the evaluation clock.
+    def of(cls, tokens: Tokens, config: EvaluateConfig, group: Group) -> Tilt:
+        """Runs on every rank together, inside the evaluation clock.
 
         Args:
             tokens: the N + 1 validation tokens that are inputs or targets.
         """
-        if config.tilt_beta == 0:
-            return None
         hints_N = torch.empty(len(tokens) - 1, dtype=torch.int32, device=group.device)
         if group.is_main:
             found = hints(tokens, config.tilt_order, config.tilt_threshold)
@@ -89,11 +87,6 @@ class Tilt:
         fixed = nats.detach()
         changed = tilted(fixed[..., 0], fixed[..., 1], y_BT[:num_rows], hints, self.beta)
         return nats[..., 0], changed
-
-
-def as_scored(y_BT: Tensor, config: EvaluateConfig) -> Tensor:
-    """Targets in the shape in which the score's forward passes have them, for priming."""
-    return torch.stack([y_BT, y_BT], dim=-1) if config.tilt_beta > 0 else y_BT
 
 
 def tilted(loss: Tensor, hint_loss: Tensor, targets: Tensor, hints: Tensor, beta: float) -> Tensor:

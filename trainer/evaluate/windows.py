@@ -15,16 +15,77 @@ Shapes: B rows of one forward pass, T tokens of a window.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from trainer.config import EvaluateConfig
 from trainer.data.dataset import Dataset
 from trainer.data.shards import Tokens
 from trainer.distributed import Group
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of T tokens that go through the model together, and the targets that each scores: of
+    the targets starts[b] .. starts[b] + T - 1 of row b those in [firsts[b], ends[b])."""
+
+    starts: NDArray[np.int64]
+    firsts: NDArray[np.int64]
+    ends: NDArray[np.int64]
+    seq_len: int
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def spans(self) -> Iterator[tuple[int, int]]:
+        """The ranges of targets that are scored; rows that follow one another count as one."""
+        apart = np.flatnonzero(self.firsts[1:] != self.ends[:-1]) + 1
+        begins = np.concatenate([[0], apart])
+        lasts = np.concatenate([apart, [len(self)]]) - 1
+        for begin, last in zip(begins, lasts, strict=True):
+            yield int(self.firsts[begin]), int(self.ends[last])
+
+    def targets(self, device: torch.device) -> Tensor:
+        """[B, T] index of each target."""
+        return _on(self.starts, device) + torch.arange(self.seq_len, device=device)
+
+    def counted(self, device: torch.device) -> Tensor:
+        """[B, T] bool: this row is the one that scores this target."""
+        targets_BT = self.targets(device)
+        return (targets_BT >= _on(self.firsts, device)) & (targets_BT < _on(self.ends, device))
+
+
+def cut_rows(
+    padded: Tokens, rows: Rows, num_rows: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """(x_BT, y_BT), int64: the rows and zeros up to num_rows; nothing beyond a row's last scored
+    target is in them.
+
+    Args:
+        padded: the tokens, and zeros for what of the rows lies beyond them.
+    """
+    view = np.lib.stride_tricks.sliding_window_view(padded, rows.seq_len + 1)
+    span = torch.zeros(num_rows, rows.seq_len + 1, dtype=torch.int64)
+    span[: len(rows)] = torch.from_numpy(view[rows.starts].astype(np.int64))
+    span = span.to(device)
+    # Copies: parts of a single row count as contiguous, and would share memory.
+    x_BT, y_BT = (
+        part.clone(memory_format=torch.contiguous_format) for part in (span[:, :-1], span[:, 1:])
+    )
+    if (rows.ends < rows.starts + rows.seq_len).any():
+        hidden_BT = rows.targets(device) >= _on(rows.ends, device)
+        x_BT[: len(rows)].masked_fill_(hidden_BT, 0)
+        y_BT[: len(rows)].masked_fill_(hidden_BT, 0)
+    return x_BT, y_BT
+
+
+def _on(values_B: NDArray[np.int64], device: torch.device) -> Tensor:
+    return torch.from_numpy(values_B).to(device)[:, None]
 
 
 @dataclass(frozen=True)
@@ -53,29 +114,27 @@ class Windows:
             [tokens[: self.num_targets + 1], np.zeros(self.seq_len, dtype=tokens.dtype)]
         )
 
+    def batch(self, batch: int) -> Rows:
+        """The windows of the `batch`-th forward pass."""
+        first, end = self._span(batch)
+        index = np.arange(first, end)
+        starts = index * self.stride
+        ends = np.minimum(starts + self.seq_len, self.num_targets)
+        firsts = np.where(index == 0, 0, starts + self.seq_len - self.stride)
+        return Rows(starts, firsts, ends, self.seq_len)
+
     def rows(self, padded: Tokens, batch: int, device: torch.device) -> tuple[Tensor, Tensor, int]:
         """(x_BT, y_BT, number of rows that hold a window) of the `batch`-th forward pass."""
-        windows = np.lib.stride_tricks.sliding_window_view(padded, self.seq_len + 1)
-        first, end = self._span(batch)
-        span = torch.zeros(self.batch_rows, self.seq_len + 1, dtype=torch.int64)
-        own = windows[first * self.stride : (end - 1) * self.stride + 1 : self.stride]
-        span[: end - first] = torch.from_numpy(own.astype(np.int64))
-        span = span.to(device)
-        return span[:, :-1].contiguous(), span[:, 1:].contiguous(), end - first
+        rows = self.batch(batch)
+        return *cut_rows(padded, rows, self.batch_rows, device), len(rows)
 
     def targets(self, batch: int, device: torch.device) -> Tensor:
         """[rows that hold a window, T] index of each target; N and more beyond the text."""
-        first, end = self._span(batch)
-        starts_B = torch.arange(first, end, device=device) * self.stride
-        return starts_B[:, None] + torch.arange(self.seq_len, device=device)
+        return self.batch(batch).targets(device)
 
     def counted(self, batch: int, device: torch.device) -> Tensor:
         """[rows that hold a window, T] bool: this window is the one that scores this target."""
-        first, end = self._span(batch)
-        is_first_B = torch.arange(first, end, device=device) == 0
-        is_new_T = torch.arange(self.seq_len, device=device) >= self.seq_len - self.stride
-        inside_BT = self.targets(batch, device) < self.num_targets
-        return (is_first_B[:, None] | is_new_T) & inside_BT
+        return self.batch(batch).counted(device)
 
     def _span(self, batch: int) -> tuple[int, int]:
         first = self.first + batch * self.batch_rows

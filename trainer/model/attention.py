@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from trainer.attention import Attend, Documents
 from trainer.attention.repeat import repeat_groups
 from trainer.config import ModelConfig
+from trainer.model.adapters import VisitAdapters
 from trainer.model.gate import HeadGate
 from trainer.model.linear import Linear
 from trainer.model.lora import adapt
@@ -45,11 +46,22 @@ class Context(NamedTuple):
     documents: Documents | None = None
     """Where attention stays within documents."""
 
+    all_adapters: tuple[VisitAdapters, ...] = ()
+    """Of every visit of a block, where a forward pass was given any."""
+    adapters: VisitAdapters | None = None
+    """Of the present visit."""
+
     def attend(self, backend: Attend, q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor) -> Tensor:
         """Attention by `backend`, within documents where that is on."""
         if self.documents is None:
             return backend(q_BTHD, k_BTGD, v_BTGD)
         return backend(q_BTHD, k_BTGD, v_BTGD, documents=self.documents)
+
+    def at_visit(self, visit: int) -> Context:
+        """The context as the visit-th block to run reads it."""
+        if not self.all_adapters:
+            return self
+        return self._replace(adapters=self.all_adapters[visit])
 
 
 class SelfAttention(nn.Module):
@@ -80,7 +92,7 @@ class SelfAttention(nn.Module):
         Args:
             lora: adapters of this visit of the block (trainer/model/recurrence.py).
         """
-        q_BTHD, k_BTGD, projected_BTGD = self._project(x_BTC, lora)
+        q_BTHD, k_BTGD, projected_BTGD = self._project(x_BTC, context, lora)
         v_BTGD = self._join_values(projected_BTGD, context)
         out_BTHD = self._attended(q_BTHD, k_BTGD, v_BTGD, self.q_gain, context)
         out_BTHD = self._exclude(out_BTHD, v_BTGD)
@@ -88,15 +100,24 @@ class SelfAttention(nn.Module):
             out_BTHD = self.gate(out_BTHD, x_BTC)
         heads_BTC = out_BTHD.flatten(2)
         out_BTC: Tensor = self.out(heads_BTC)
-        return adapt(lora, "out", heads_BTC, out_BTC) if lora else out_BTC, projected_BTGD
+        if lora:
+            out_BTC = adapt(lora, "out", heads_BTC, out_BTC)
+        if context.adapters is not None:
+            out_BTC = context.adapters.add("out", x_BTC, out_BTC)
+        return out_BTC, projected_BTGD
 
-    def _project(self, x_BTC: Tensor, lora: nn.ModuleDict | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(
+        self, x_BTC: Tensor, context: Context, lora: nn.ModuleDict | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         # One product of three matrices side by side: the weights stay separate parameters, but the
         # activations are read once, and once more in the backward pass (1 ms of 249 on an H200).
         weight = torch.cat((self.q.weight, self.k.weight, self.v.weight)).to(x_BTC.dtype)
         qkv = F.linear(x_BTC, weight)
         if lora:
             qkv = qkv + torch.cat([lora[name](x_BTC) for name in "qkv"], dim=-1)
+        if context.adapters is not None:
+            parts = zip("qkv", torch.split(qkv, self._widths, dim=-1), strict=True)
+            qkv = torch.cat([context.adapters.add(name, x_BTC, part) for name, part in parts], -1)
         return self._heads(qkv)
 
     def _heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:

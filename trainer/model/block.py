@@ -66,7 +66,7 @@ class Block(nn.Module):
         attention reads has the embedding mixed in."""
         assert self.lanes is not None
         attended, value_BTGD = self._attended(self._mixed(first_BTC, context), context, None)
-        transformed_BTC = self._transformed(second_BTC, None)
+        transformed_BTC = self._transformed(second_BTC, context, None)
         first_BTC, second_BTC = self.lanes(first_BTC, second_BTC, attended, transformed_BTC)
         return first_BTC, second_BTC, value_BTGD
 
@@ -86,14 +86,14 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         attended_BTC, value_BTGD = self._attended(x_BTC, context, repeat)
         x_BTC = self._kept(x_BTC, 0) + attended_BTC
-        x_BTC = self._kept(x_BTC, 1) + self._transformed(x_BTC, repeat)
+        x_BTC = self._kept(x_BTC, 1) + self._transformed(x_BTC, context, repeat)
         return x_BTC, value_BTGD
 
     def _side_by_side(
         self, x_BTC: Tensor, context: Context, repeat: Repeat | None
     ) -> tuple[Tensor, Tensor | None]:
         attended_BTC, value_BTGD = self._attended(x_BTC, context, repeat)
-        return x_BTC + attended_BTC + self._transformed(x_BTC, repeat), value_BTGD
+        return x_BTC + attended_BTC + self._transformed(x_BTC, context, repeat), value_BTGD
 
     def _attended(
         self, x_BTC: Tensor, context: Context, repeat: Repeat | None
@@ -105,12 +105,15 @@ class Block(nn.Module):
         out_BTC, value_BTGD = self.attn(self._norm(x_BTC), context, lora)
         return self._scale(self.attn_scale, x_BTC.dtype) * out_BTC, value_BTGD
 
-    def _transformed(self, x_BTC: Tensor, repeat: Repeat | None) -> Tensor:
+    def _transformed(self, x_BTC: Tensor, context: Context, repeat: Repeat | None) -> Tensor:
         """What the MLP adds."""
-        if repeat is None:
+        if repeat is None and context.adapters is None:
             out_BTC = self.mlp.after(self._norm, x_BTC)
         else:
-            out_BTC = repeat.transform(self.mlp, self._norm(x_BTC))
+            h_BTC = self._norm(x_BTC)
+            out_BTC = self.mlp(h_BTC) if repeat is None else repeat.transform(self.mlp, h_BTC)
+            if context.adapters is not None:
+                out_BTC = context.adapters.add("mlp", h_BTC, out_BTC)
         return self._scale(self.mlp_scale, x_BTC.dtype) * out_BTC
 
     def _scale(self, scale_C: Tensor, dtype: torch.dtype) -> Tensor:

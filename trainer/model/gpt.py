@@ -21,6 +21,7 @@ from trainer.attention import Attend, Documents
 from trainer.config import ModelConfig
 from trainer.kernels.cross_entropy import softcapped_cross_entropy
 from trainer.loss import Objective, nats_of
+from trainer.model.adapters import Adapters
 from trainer.model.attention import Context
 from trainer.model.block import Block
 from trainer.model.embedding import BigramHash, ChannelSmear, TokenSmear, ValueTable
@@ -87,6 +88,7 @@ class GPT(nn.Module):
         tokens_BT: Tensor,
         targets_BT: Tensor,
         reduction: Literal["mean", "none", "objective"] = "mean",
+        adapters: Adapters | None = None,
     ) -> Tensor:
         """Cross-entropy of the targets in nats, fp32: the mean, or one value per token [B, T].
 
@@ -96,10 +98,11 @@ class GPT(nn.Module):
                 "none" several for each place, [B, T, K], for which nats of that shape come back.
             reduction: "objective" is the scalar that training minimises; the other two never have
                 an objective's weights on the tokens.
+            adapters: what test-time training adds to this pass; None = the model as it is.
         """
         if self.fuses_loss and reduction == "objective" and torch.is_grad_enabled():
             return self._fused_loss(tokens_BT, targets_BT)
-        logits_BTV = self.logits(tokens_BT)
+        logits_BTV = self.logits(tokens_BT, adapters)
         if reduction == "objective":
             if self.objective is not None:
                 objective: Tensor = self.objective(logits_BTV, targets_BT)
@@ -110,23 +113,30 @@ class GPT(nn.Module):
         loss = F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), reduction=reduction)
         return loss if reduction == "mean" else loss.view_as(targets_BT)
 
-    def logits(self, tokens_BT: Tensor) -> Tensor:
+    def logits(self, tokens_BT: Tensor, adapters: Adapters | None = None) -> Tensor:
         """Logits of the next token, squashed to +-softcap, [B, T, V], fp32."""
         cap = self.config.logit_softcap
-        return cap * torch.tanh(_at_least_fp32(self._raw_logits(tokens_BT)) / cap)
+        hidden_BTC = self._normed(tokens_BT, adapters)
+        raw_BTV = self._raw_logits(hidden_BTC)
+        if adapters is not None:
+            return adapters.logits(hidden_BTC, raw_BTV, cap)
+        return cap * torch.tanh(_at_least_fp32(raw_BTV) / cap)
 
-    def _raw_logits(self, tokens_BT: Tensor) -> Tensor:
+    def _normed(self, tokens_BT: Tensor, adapters: Adapters | None = None) -> Tensor:
+        """What the head multiplies, [B, T, C]."""
+        return rms_norm(self._hidden(tokens_BT, adapters))
+
+    def _raw_logits(self, hidden_BTC: Tensor) -> Tensor:
         """Logits before the cap, [B, T, V], in compute_dtype."""
-        hidden_BTC = rms_norm(self._hidden(tokens_BT))
         weight = self.tok_emb.weight if self.config.tie_embeddings else self.head.weight
         return F.linear(hidden_BTC, weight.to(hidden_BTC.dtype))
 
     def _fused_loss(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        raw_NV = self._raw_logits(tokens_BT).flatten(0, 1)
+        raw_NV = self._raw_logits(self._normed(tokens_BT)).flatten(0, 1)
         cap = self.config.logit_softcap
         return softcapped_cross_entropy(raw_NV, targets_BT.flatten(), cap).mean()
 
-    def _hidden(self, tokens_BT: Tensor) -> Tensor:
+    def _hidden(self, tokens_BT: Tensor, adapters: Adapters | None = None) -> Tensor:
         """Residual stream before the final norm, [B, T, C], in compute_dtype. ConfigError when T is
         above max_seq_len."""
         cos_TF, sin_TF = self.rotary(tokens_BT.size(1))
@@ -134,7 +144,8 @@ class GPT(nn.Module):
         value_embed_BTK = (
             None if self.value_embed is None else self.value_embed(tokens_BT, self.compute_dtype)
         )
-        context = Context(x_BTC, cos_TF, sin_TF, value_embed_BTK)
+        visits = () if adapters is None else adapters.by_visit()
+        context = Context(x_BTC, cos_TF, sin_TF, value_embed_BTK, all_adapters=visits)
         if self.config.document_attention:
             documents = Documents(tokens_BT, self.config.bos_id, self.config.max_doc_len)
             context = context._replace(documents=documents)
@@ -211,19 +222,19 @@ class GPT(nn.Module):
         cached_BTC = x_BTC
         second_BTC: Tensor | None = None
         for place, (layer, visit) in enumerate(order):
-            block = self._block(layer)
+            block, here = self._block(layer), context.at_visit(place)
             step = place - num_encoder
             if 0 <= step < num_skips and waiting:
                 x_BTC = self._join(x_BTC, waiting.pop(), step)
             if layer >= self._first_in_lanes:
                 second_BTC = x_BTC if second_BTC is None else second_BTC
-                x_BTC, second_BTC, value_BTGD = block.in_lanes(x_BTC, second_BTC, context)
+                x_BTC, second_BTC, value_BTGD = block.in_lanes(x_BTC, second_BTC, here)
             elif visit:
                 repeat = block.repeat(visit)
-                y_BTC, value_BTGD = block(x_BTC, context, repeat)
+                y_BTC, value_BTGD = block(x_BTC, here, repeat)
                 x_BTC = repeat.blend(x_BTC, y_BTC, left[layer])
             else:
-                x_BTC, value_BTGD = block(x_BTC, context)
+                x_BTC, value_BTGD = block(x_BTC, here)
             if place == 0:
                 context = context._replace(first_value_BTGD=value_BTGD)
             left[layer] = x_BTC

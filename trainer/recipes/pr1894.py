@@ -10,6 +10,8 @@ Where this departs from what was published, and how to replay that:
   script's decay acts from the first step on, long before the blend is used.
 - Calibration is inside the clock, and what it reads is shared out over the workers. The script
   calibrates after the clock, 64 batches on every worker, and uses one worker's.
+- QAT-lite takes the sum over a matrix, which acts; the script's mean has a gradient that vanishes:
+  qat_lite.reduction = "mean".
 - The embedding is trained in 32 bits, and gradients of a batch are averaged in them.
 
 model.recur_skips = "plain" is as published: three of the eight outputs of the longer first half go
@@ -24,6 +26,7 @@ from trainer.config import (
     EvaluateConfig,
     ModelConfig,
     OptimConfig,
+    QatLiteConfig,
     QuantizeConfig,
     RuntimeConfig,
     ScheduleConfig,
@@ -58,10 +61,34 @@ def pr1894() -> TrainConfig:
             reserve_seconds=12.0,
             damping=0.01,
             act_order=True,
+            clip="sigma",
+            clip_sigmas=12.85,
+            embed_clip_sigmas=20.0,
+            control_bits=8,
+            scale_bits=8,
         ),
         compress=CompressConfig(codec="brotli", level=11, byte_shuffle=True),
-        evaluate=EvaluateConfig(seq_len=2048, stride=64, batch_tokens=524_288),
+        evaluate=EvaluateConfig(
+            seq_len=2048,
+            stride=64,
+            batch_tokens=524_288,
+            ttt="chunks",
+            ttt_chunk_tokens=32_768,
+            ttt_epochs=3,
+            ttt_lr=0.005,
+            ttt_momentum=0.9,
+        ),
         runtime=RuntimeConfig(seed=1337, log_every=10),
+        qat_lite=QatLiteConfig(
+            kind="squared",
+            strength=0.02,
+            bits=6,
+            clip_sigmas=12.85,
+            targets="qk",
+            first_layer=7,
+            start=0.55,
+            every=4,
+        ),
     )
 
 
@@ -97,6 +124,7 @@ def _optim() -> OptimConfig:
         matrix_lr=0.022,
         scalar_lr=0.02,
         tied_embed_lr=0.03,
+        muon_row_normalize=True,
         muon_momentum=0.99,
         muon_momentum_warmup_start=0.92,
         muon_momentum_warmup_frac=1500 / PUBLISHED_STEPS,
