@@ -36,7 +36,7 @@ QUANTIZATION = Space(
         "quantize.low_rank": CategoricalDistribution(["off", "asymmetric", "float16"]),
         "quantize.awq_groups": IntDistribution(0, 2),
         "quantize.scale_bits": CategoricalDistribution([16, 8]),
-        "compress.codec": CategoricalDistribution(["brotli", "lzma", "zstd"]),
+        "compress.codec": CategoricalDistribution(["rans", "brotli", "lzma", "zstd"]),
         "compress.level": IntDistribution(5, 9),
         "compress.grouping": CategoricalDistribution(
             ["type", "role", "role_transposed", "role_sorted"]

@@ -17,7 +17,7 @@ NUM_TICKS = 5
 GOOD, BAD = "#1f6feb", "#d1242f"
 FAR_OFF = 8.0
 """Scores further above the best than this many times the median's distance are drawn at the upper
-edge, hollow and with their number, so that one of them does not press all others onto a line."""
+edge, hollow, so that one of them does not press all others onto a line."""
 
 
 Place = Callable[[float, float], tuple[float, float]]
@@ -100,11 +100,13 @@ def draw_trade(
         parts.append(_dashed(f"M{LEFT},{y}H{WIDTH - RIGHT}", LEFT + 8, y - 5, words, "start"))
     parts.append(f'<polyline points="{line}" fill="none" stroke="{GOOD}" stroke-width="1.5"/>')
     parts += [_dot(point, place(point.num_bytes, point.bpb), highest) for point in points]
-    parts += [_number(point, place(point.num_bytes, point.bpb), highest) for point in best]
-    if any(not point.is_feasible for point in points):
-        words = "red: breaks a constraint"
+    parts += [_number(point, place(point.num_bytes, point.bpb)) for point in best]
+    legend = ["hollow: higher still"] if len(scores) < len(points) else []
+    legend += ["red: breaks a constraint"] if not all(p.is_feasible for p in points) else []
+    if legend:
+        words = ", ".join(legend)
         parts.append(
-            f'<text x="{WIDTH - RIGHT}" y="24" text-anchor="end" fill="{BAD}">{words}</text>'
+            f'<text x="{WIDTH - RIGHT}" y="24" text-anchor="end" fill="#555">{words}</text>'
         )
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
@@ -188,9 +190,8 @@ def _dot(point: Point, at: tuple[float, float], highest: float) -> str:
     )
 
 
-def _number(point: Point, at: tuple[float, float], highest: float) -> str:
-    words = str(point.trial) if point.bpb <= highest else f"{point.trial} ({point.bpb:.2f})"
-    return f'<text x="{at[0] + 7}" y="{at[1] - 6}" fill="{GOOD}">{words}</text>'
+def _number(point: Point, at: tuple[float, float]) -> str:
+    return f'<text x="{at[0] + 7}" y="{at[1] - 6}" fill="{GOOD}">{point.trial}</text>'
 
 
 def _dashed(path: str, x: float, y: float, words: str, anchor: str) -> str:

@@ -14,6 +14,7 @@ from trainer.compress.codecs import (
     zstd_compress,
     zstd_decompress,
 )
+from trainer.compress.rans import RANS
 from trainer.config import CompressConfig
 
 __all__ = ["CODECS", "Codec", "compress", "decompress"]
@@ -23,6 +24,7 @@ CODECS: dict[str, Codec] = {
     "brotli": Codec(brotli_compress, brotli_decompress),
     "lzma": Codec(lzma_compress, lzma_decompress),
     "zstd": Codec(zstd_compress, zstd_decompress),
+    "rans": RANS,
 }
 
 

@@ -77,7 +77,7 @@ def lzma_decompress(packed: bytes, size: int) -> bytes:
         data = decoder.decompress(packed, size + 1)
     except lzma.LZMAError as error:
         if "limit" in str(error):  # a dictionary for more data than was declared
-            raise _wrong_size(size + 1, size, "lzma") from None
+            raise wrong_size(size + 1, size, "lzma") from None
         raise ArtifactError(f"an lzma stream is damaged ({error}); pack the model again") from None
     complete = decoder.eof and not decoder.unused_data
     return _exactly(data, size, complete, "lzma")
@@ -93,7 +93,7 @@ def zstd_decompress(packed: bytes, size: int) -> bytes:
     try:
         announced = zstandard.get_frame_parameters(packed).content_size
         if announced != size:
-            raise _wrong_size(min(announced, size + 1), size, "zstd")
+            raise wrong_size(min(announced, size + 1), size, "zstd")
         decoder = zstandard.ZstdDecompressor()
         data = decoder.decompress(packed, max_output_size=size, allow_extra_data=False)
     except zstandard.ZstdError as error:
@@ -104,10 +104,10 @@ def zstd_decompress(packed: bytes, size: int) -> bytes:
 def _exactly(data: bytes, size: int, complete: bool, codec: str) -> bytes:
     if complete and len(data) == size:
         return data
-    raise _wrong_size(len(data), size, codec)
+    raise wrong_size(len(data), size, codec)
 
 
-def _wrong_size(found: int, size: int, codec: str) -> ArtifactError:
+def wrong_size(found: int, size: int, codec: str) -> ArtifactError:
     """`found`: bytes that came out, or any number above `size` where there were more."""
     words = f"more than {size:,}" if found > size else f"{found:,}"
     return ArtifactError(

@@ -202,16 +202,16 @@ def _kind(name: str) -> Literal["embed", "qk", "attn", "mlp", "other"]:
     return "mlp" if "mlp" in parts else "other"
 
 
-CODEC_LEVELS = {"zlib": (0, 9), "brotli": (0, 11), "lzma": (0, 9), "zstd": (1, 22)}
+CODEC_LEVELS = {"zlib": (0, 9), "brotli": (0, 11), "lzma": (0, 9), "zstd": (1, 22), "rans": (0, 11)}
 
 
 class CompressConfig(Settings):
     """How quantised weights become bytes."""
 
-    codec: Literal["zlib", "brotli", "lzma", "zstd"] = "zlib"
-    """Entropy coder."""
+    codec: Literal["zlib", "brotli", "lzma", "zstd", "rans"] = "zlib"
+    """Entropy coder. "rans": a range coder for codes without structure, brotli for the others."""
     level: Annotated[int, Field(ge=0, le=22)] = 9
-    """Effort: 0..9 for zlib and lzma, 0..11 for brotli, 1..22 for zstd."""
+    """Effort: 0..9 for zlib and lzma, 0..11 for brotli (also within "rans"), 1..22 for zstd."""
     byte_shuffle: bool = False
     """Group bytes of equal significance before coding."""
     grouping: Literal["type", "role", "role_transposed", "role_sorted"] = "type"

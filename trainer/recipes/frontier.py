@@ -62,7 +62,9 @@ def frontier() -> TrainConfig:
             low_rank_top_k=3,
             low_rank_group=64,
         ),
-        compress=CompressConfig(codec="brotli", level=11, byte_shuffle=True, grouping="role_sorted"),
+        compress=CompressConfig(
+            codec="brotli", level=11, byte_shuffle=True, grouping="role_sorted"
+        ),
         evaluate=_evaluate(),
         runtime=RuntimeConfig(seed=42, log_every=10),
         average=AverageConfig(kind="ema", decay=0.9965),
