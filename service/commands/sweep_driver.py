@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from service.commands.data import data_for
 from service.commands.recipe_config import settings as overrides_from
+from service.commands.recipe_config import settings_of_artifact
 from service.commands.study_files import artifact_root, study_dir, tracking_uri
 from service.commands.terminal import messages, named, say
 from service.config import ServiceSettings, mask_passwords
@@ -64,6 +65,7 @@ def make_plan(
     track = settings.track(chosen.track)
     base = chosen.base()
     overrides = overrides_from(base, sets)
+    overrides = settings_of_artifact(base, overrides, chosen.axes) | overrides
     clash = [path for path in overrides if path in chosen.axes]
     if clash:
         raise UsageError(
