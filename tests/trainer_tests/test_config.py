@@ -174,6 +174,7 @@ OUTSIDE_THE_DIGEST = {
     "runtime.prime_steps": 99,
     "runtime.log_every": 99,
     "runtime.val_every": 99,
+    "runtime.save_checkpoint": True,
 }
 
 
