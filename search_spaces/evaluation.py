@@ -4,8 +4,8 @@ Meant for a fixed artifact, so that a trial is one evaluation:
 
     caddie sweep run evaluation --set source.artifact=PATH/artifact.bin
 
-The recipe gives the model; where the artifact's differs, give its settings with --set model.*, or
-the run says which they are. Without source.artifact every trial trains.
+The model comes from the file, whatever the recipe says. Without source.artifact every trial trains
+the recipe.
 """
 
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution

@@ -12,6 +12,9 @@ from trainer.recipes import RECIPES, Recipe
 CHECKPOINT = "source.checkpoint"
 NOT_OF_WEIGHTS = ("runtime", "source")
 """Groups of settings that say nothing about trained weights."""
+ARTIFACT = "source.artifact"
+OF_ARTIFACT = ("model.", "data.", "evaluate.seq_len", "evaluate.batch_tokens")
+"""Settings that a packed model brings along, by how their paths begin."""
 
 
 def recipe_named(name: str) -> Recipe:
@@ -44,27 +47,38 @@ def settings(base: TrainConfig, sets: list[str] | None) -> dict[str, object]:
             overrides[path] = text
         elif text.lower() == "none":
             overrides[path] = None
-    if overrides.get(CHECKPOINT):  # a run may have another working directory
-        overrides[CHECKPOINT] = str(Path(str(overrides[CHECKPOINT])).absolute())
+    for source in (CHECKPOINT, ARTIFACT):  # a run may have another working directory
+        if overrides.get(source):
+            overrides[source] = str(Path(str(overrides[source])).absolute())
     return overrides
 
 
 def settings_of_source(
     base: TrainConfig, overrides: Mapping[str, object], axes: Collection[str]
 ) -> dict[str, object]:
-    """What the weights of --set source.checkpoint were trained with, where that is not the recipe's
-    and nobody asks for something else: a sweep on them needs no more than their file.
+    """What the file of --set source.checkpoint or source.artifact was made with, where that is not
+    the recipe's and nobody asks for something else: a sweep on it needs no more than the file.
 
     Raises: ArtifactError when there is no such file.
     """
-    path = overrides.get(CHECKPOINT)
-    if not path:
-        return {}
-    from trainer.checkpoint import read_config
+    if overrides.get(CHECKPOINT):
+        from trainer.checkpoint import read_config
 
-    trained = read_config(Path(str(path))).difference(base)
+        made = read_config(Path(str(overrides[CHECKPOINT])))
+    elif overrides.get(ARTIFACT):
+        from trainer.artifact import decode, read
+
+        made, _ = decode(read(Path(str(overrides[ARTIFACT]))))
+    else:
+        return {}
     return {
         path: value
-        for path, value in trained.items()
-        if path not in axes and path != "data.dir" and path.split(".")[0] not in NOT_OF_WEIGHTS
+        for path, value in made.difference(base).items()
+        if path not in axes and path != "data.dir" and _comes_along(path, overrides)
     }
+
+
+def _comes_along(path: str, overrides: Mapping[str, object]) -> bool:
+    if overrides.get(CHECKPOINT):
+        return path.split(".")[0] not in NOT_OF_WEIGHTS
+    return path.startswith(OF_ARTIFACT)

@@ -44,7 +44,9 @@ from trainer.model.gpt import GPT
 SEQ_LEN = 16
 SIZE = 4
 NUM_TARGETS = 144
-UNTIED = {"tie_embeddings": False, "num_layers": 2}
+CAP = 1.5
+"""Near the logits of small models, so that it matters."""
+UNTIED = {"tie_embeddings": False, "num_layers": 2, "logit_softcap": CAP}
 
 
 def make_tokens() -> np.ndarray:
@@ -111,7 +113,7 @@ class Reference:
         self.model = small_gpt(**UNTIED).double()
         self.model.compute_dtype = torch.float64
         self.scale = config.ttt_lora_alpha / max(1, config.ttt_lora_rank)
-        self.caps: Tensor = torch.full((2,), 30.0, dtype=torch.float64)
+        self.caps: Tensor = torch.full((2,), CAP, dtype=torch.float64)
 
     def losses(self, factors: dict[str, tuple[Tensor, Tensor]], x_T: Tensor, y_T: Tensor) -> Tensor:
         """Nats [T] of one row; factors A [S, R, in] and B [S, out, R]."""
@@ -265,9 +267,15 @@ def check(found: RememberingSubject, result: EvalResult, nats: dict[int, float])
 )
 def test_equals_one_document_at_a_time(dataset: Dataset, changes: dict[str, Any]) -> None:
     config = settings(**changes)
-    result, found = run(dataset, config)
+    found = subject(dataset, model=small_gpt(**UNTIED))
+    evaluation = DocumentPass.of(found, config)
+    result = evaluation.run()
     nats, reference = written_out(config)
     check(found, result, nats)
+    if evaluation.softcaps is not None:
+        moved = evaluation.softcaps.detach().double() - CAP
+        torch.testing.assert_close(moved, reference.caps.detach() - CAP, rtol=5e-3, atol=1e-5)
+        assert moved.abs().min() > 1e-3
     pairs = zip(found.model.named_parameters(), reference.model.parameters(), strict=True)
     for (name, value), expected in pairs:
         np.testing.assert_allclose(
@@ -462,9 +470,10 @@ def test_nothing_is_compiled_after_priming(dataset: Dataset, kind: str) -> None:
     torch._dynamo.reset()
     config = settings(ttt=kind, ttt_chunk_tokens=32, ttt_lora_warm_start=True)
     if kind == "documents":
-        config = config.model_copy(update={"ttt_phases": 1, "ttt_asym_logit": True})
+        learning = {"ttt_phases": 1, "ttt_asym_logit": True, "ttt_doc_lengths": 1}
+        config = config.model_copy(update=learning)
     eager, it = (subject(dataset, model=small_gpt(**UNTIED)) for _ in range(2))
-    compiled = torch.compile(it.model, fullgraph=True, dynamic=False, backend="aot_eager")
+    compiled = torch.compile(it.model, fullgraph=True, dynamic=False, backend="eager")
     it = dataclasses.replace(it, forward=compiled)
     prime_score(it, config)
     counter = torch._dynamo.utils.counters["stats"]

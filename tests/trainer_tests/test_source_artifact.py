@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from search_spaces import SPACES
+from service.commands.recipe_config import settings, settings_of_source
 from service.filters import default_filters
 from service.filters.legality import Legality
 from service.trial import TrialSpec
@@ -199,3 +201,22 @@ def test_no_filter_stops_a_trial_that_only_scores(
         for verdict in verdicts:
             assert verdict is None or verdict.ok or verdict.name == "artifact_size", verdict
             assert verdict is None or not verdict.predicted, verdict
+
+
+def test_a_sweep_takes_the_model_from_the_file_and_its_axes_from_nobody(
+    configure: Configure,  # noqa: F811
+    packed: tuple[str, TrainResult],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = Path(packed[0])
+    monkeypatch.chdir(path.parent)
+    space = SPACES["evaluation"]
+    given = settings(space.base(), [f"source.artifact={path.name}", "evaluate.batch_tokens=4096"])
+    assert given["source.artifact"] == str(path)
+    overrides = settings_of_source(space.base(), given, space.axes) | given
+    config = space.base().with_overrides(overrides)
+    assert config.model == configure().model
+    assert config.evaluate.batch_tokens == 4096
+    assert not set(overrides) & set(space.axes)
+    assert config.data.dir == space.base().data.dir
+    assert settings_of_source(space.base(), {}, space.axes) == {}

@@ -169,13 +169,17 @@ class DocumentPass:
             self.loras[lane] = made
         return self.loras[lane]
 
-    def _forward(self, lora: DocumentLora | None, num_rows: int = 0) -> LossModel:
-        if lora is not None:
-            adapters = lora.adapters(num_rows, self.softcaps)
-            return partial(self.subject.forward, adapters=adapters)
-        if self.softcaps is not None:
-            return partial(self.subject.forward, adapters=Adapters({}, softcaps=self.softcaps))
-        return self.subject.forward
+    def _forward(self, lora: DocumentLora | None, num_rows: int) -> LossModel:
+        """What scores; the softcaps learn in phases only."""
+        softcaps = None if self.softcaps is None else self.softcaps.detach()
+        if lora is None:
+            return self._with_softcaps(softcaps)
+        return partial(self.subject.forward, adapters=lora.adapters(num_rows, softcaps))
+
+    def _with_softcaps(self, softcaps: Tensor | None) -> LossModel:
+        if softcaps is None:
+            return self.subject.forward
+        return partial(self.subject.forward, adapters=Adapters({}, softcaps=softcaps))
 
     def _score(self, scorer: Scorer, documents: list[Document]) -> None:
         """This rank's lanes, one after another."""
@@ -208,7 +212,7 @@ class DocumentPass:
         caps = [] if self.softcaps is None else [self.softcaps]
         subject = self.subject
         return RowSgd(
-            partial(self._forward(None), reduction="none"),
+            partial(self._with_softcaps(self.softcaps), reduction="none"),
             [*self._trained(), *caps],
             self.config,
             subject.micro_batch_tokens,

@@ -72,7 +72,7 @@ def cut_rows(
     view = np.lib.stride_tricks.sliding_window_view(padded, rows.seq_len + 1)
     span = torch.zeros(num_rows, rows.seq_len + 1, dtype=torch.int64)
     span[: len(rows)] = torch.from_numpy(view[rows.starts].astype(np.int64))
-    span = span.to(device)
+    span = _moved(span, device)
     # Copies: parts of a single row count as contiguous, and would share memory.
     x_BT, y_BT = (
         part.clone(memory_format=torch.contiguous_format) for part in (span[:, :-1], span[:, 1:])
@@ -85,7 +85,14 @@ def cut_rows(
 
 
 def _on(values_B: NDArray[np.int64], device: torch.device) -> Tensor:
-    return torch.from_numpy(values_B).to(device)[:, None]
+    return _moved(torch.from_numpy(values_B), device)[:, None]
+
+
+def _moved(host: Tensor, device: torch.device) -> Tensor:
+    """On the device, without waiting for what it still has to do."""
+    if device.type != "cuda":
+        return host
+    return host.pin_memory().to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)
