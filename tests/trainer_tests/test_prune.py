@@ -83,9 +83,10 @@ def test_a_run_fits_its_budget_by_it(
     settings = {"quantize.keep_float_max_numel": 100, "budget.max_steps": 3}
     free = train(configure(**settings), Collector(), tmp_path / "free")
     assert free.bytes_model is not None
-    cap = len(packed_code()) + free.bytes_model - 120
     reporter = Collector()
-    config = configure(**settings, **{"quantize.prune_to_fit": True, "budget.artifact_bytes": cap})
-    result = train(config, reporter, tmp_path / "capped")
+    config = configure(**settings, **{"quantize.prune_to_fit": True})
+    cap = len(packed_code(config)) + free.bytes_model - 120
+    capped = config.with_overrides({"budget.artifact_bytes": cap})
+    result = train(capped, reporter, tmp_path / "capped")
     assert result.bytes_total is not None and cap - 200 < result.bytes_total <= cap
     assert any("pruned" in record["line"] for record in reporter.of("log"))

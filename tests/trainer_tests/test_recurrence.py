@@ -26,6 +26,7 @@ from trainer.distributed import Group
 from trainer.errors import ConfigError
 from trainer.evaluate.bits_per_byte import evaluate
 from trainer.loop import Run, train
+from trainer.model.adapters import Adapters
 from trainer.model.gpt import GPT
 from trainer.optim import build_optimizer
 from trainer.quantize import dequantize
@@ -290,9 +291,9 @@ def recorded_visits(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     seen: list[int] = []
     run_blocks = GPT._hidden
 
-    def spy(self: GPT, tokens: Tensor) -> Tensor:
+    def spy(self: GPT, tokens: Tensor, adapters: Adapters | None) -> Tensor:
         seen.append(self.visits_now if torch.is_grad_enabled() else -self.visits_now)
-        return run_blocks(self, tokens)
+        return run_blocks(self, tokens, adapters)
 
     monkeypatch.setattr(GPT, "_hidden", spy)
     yield seen
