@@ -30,6 +30,25 @@ class Pieces(NamedTuple):
     a run ends with a loss of NaN instead of silently attending across documents."""
 
 
+@torch.library.custom_op("caddie::first_visible", mutates_args=())
+def first_visible(tokens_BT: Tensor, bos_id: int, max_len: int) -> Tensor:
+    """For each token, the place in its row of the first token that it may see, [B, T] int64.
+
+    An operator of its own, because FlexAttention's kernel reads this tensor, and a compiled graph
+    without gradients refuses to hand it one that it computes itself (PyTorch 2.11).
+    """
+    place_T = torch.arange(tokens_BT.size(1), device=tokens_BT.device)
+    first_BT = torch.cummax(torch.where(tokens_BT == bos_id, place_T, 0), dim=1).values
+    if max_len:
+        first_BT = first_BT + (place_T - first_BT) // max_len * max_len
+    return first_BT
+
+
+@first_visible.register_fake
+def _(tokens_BT: Tensor, bos_id: int, max_len: int) -> Tensor:
+    return torch.empty_like(tokens_BT)
+
+
 class Documents:
     """The documents of one batch of tokens.
 
@@ -41,12 +60,7 @@ class Documents:
 
     def __init__(self, tokens_BT: Tensor, bos_id: int, max_len: int = 0) -> None:
         num_tokens = tokens_BT.size(1)
-        place_T = torch.arange(num_tokens, device=tokens_BT.device)
-        begins_BT = torch.where(tokens_BT == bos_id, place_T, 0)
-        first_BT = torch.cummax(begins_BT, dim=1).values
-        if max_len:
-            first_BT = first_BT + (place_T - first_BT) // max_len * max_len
-        self.first_BT = first_BT
+        self.first_BT: Tensor = first_visible(tokens_BT, bos_id, max_len)
         """For each token, the place in its row of the first token that it may see."""
         self._max_len = min(max_len or num_tokens, num_tokens)
         self._made: dict[Hashable, Any] = {}
