@@ -20,7 +20,7 @@ from tests.trainer_tests.small_data import VOCAB_SIZE, write_folder
 from tests.trainer_tests.test_flash4 import stand_in
 from trainer.attention import ATTENTION, Attend, Documents, flash4, select_backend
 from trainer.attention.documents import first_visible, room_for_pieces
-from trainer.attention.flex import attend_flex, document_block_mask
+from trainer.attention.flex import attend_flex, document_block_mask, document_blocks
 from trainer.attention.repeat import repeat_groups
 from trainer.attention.varlen import attend_varlen
 from trainer.config import ModelConfig, TrainConfig
@@ -430,9 +430,9 @@ def test_compiled_model_without_gradients_on_a_gpu(name: str) -> None:
     assert (got - want).norm() / want.norm() < 0.02
 
 
-@pytest.mark.parametrize("max_len", [0, 7])
-def test_operator_of_document_places_keeps_its_contract(max_len: int) -> None:
-    tokens = rows_of_documents(3, 40)
-    torch.library.opcheck(
-        first_visible, (tokens, BOS, max_len), test_utils=("test_schema", "test_faketensor")
-    )
+@pytest.mark.parametrize(("max_len", "window"), [(0, None), (7, 20)])
+def test_operators_of_document_places_keep_their_contract(max_len: int, window: int | None) -> None:
+    tokens, checks = rows_of_documents(3, 300), ("test_schema", "test_faketensor")
+    torch.library.opcheck(first_visible, (tokens, BOS, max_len), test_utils=checks)
+    first_BT = first_visible(tokens, BOS, max_len)
+    torch.library.opcheck(document_blocks, (first_BT, window), test_utils=checks)

@@ -103,28 +103,29 @@ class Documents:
         guard = torch.where(number_N[-1] < room, 1.0, torch.nan)
         return Pieces(bounds, self._max_len, guard)
 
-    def blocks(self, window: int | None, size: int) -> tuple[Tensor, Tensor]:
-        """Which blocks of `size` keys the blocks of as many queries see in part, and which in
-        whole, each [B, blocks of queries, blocks of keys] bool. A last block that is not full
-        counts as seeing in part, as the library has it.
 
-        Pieces lie in order, so this follows from the first and the last query of a block: no
-        [T, T] mask is made.
-        """
-        num_tokens = self.first_BT.size(1)
-        count = math.ceil(num_tokens / size)
-        block_K = torch.arange(count, device=self.first_BT.device)
-        last_K = (block_K * size + size - 1).clamp(max=num_tokens - 1)
-        lowest_BK = self.first_BT[:, block_K * size]
-        highest_BK = self.first_BT[:, last_K]
-        if window is not None:
-            lowest_BK = torch.maximum(lowest_BK, block_K * size - window)
-            highest_BK = torch.maximum(highest_BK, last_K - window)
-        below_KK = block_K <= block_K[:, None]
-        seen_BKK = below_KK & (block_K >= (lowest_BK // size)[..., None])
-        whole_BKK = (block_K < block_K[:, None]) & (block_K * size >= highest_BK[..., None])
-        whole_BKK &= (block_K * size + size <= num_tokens)[:, None]
-        return seen_BKK & ~whole_BKK, whole_BKK
+def block_borders(first_BT: Tensor, window: int | None, size: int) -> tuple[Tensor, Tensor]:
+    """Which blocks of `size` keys the blocks of as many queries see in part, and which in
+    whole, each [B, blocks of queries, blocks of keys] bool. A last block that is not full
+    counts as seeing in part, as the library has it.
+
+    Pieces lie in order, so this follows from the first and the last query of a block: no
+    [T, T] mask is made.
+    """
+    num_tokens = first_BT.size(1)
+    count = math.ceil(num_tokens / size)
+    block_K = torch.arange(count, device=first_BT.device)
+    last_K = (block_K * size + size - 1).clamp(max=num_tokens - 1)
+    lowest_BK = first_BT[:, block_K * size]
+    highest_BK = first_BT[:, last_K]
+    if window is not None:
+        lowest_BK = torch.maximum(lowest_BK, block_K * size - window)
+        highest_BK = torch.maximum(highest_BK, last_K - window)
+    below_KK = block_K <= block_K[:, None]
+    seen_BKK = below_KK & (block_K >= (lowest_BK // size)[..., None])
+    whole_BKK = (block_K < block_K[:, None]) & (block_K * size >= highest_BK[..., None])
+    whole_BKK &= (block_K * size + size <= num_tokens)[:, None]
+    return seen_BKK & ~whole_BKK, whole_BKK
 
 
 def room_for_pieces(num_rows: int, num_tokens: int, max_len: int) -> int:
