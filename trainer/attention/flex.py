@@ -124,10 +124,21 @@ _cached_mask = lru_cache(maxsize=64)(_build_mask)
 def document_block_mask(documents: Documents, window: int | None) -> BlockMask:
     """The block mask of one batch's documents, from the blocks' borders alone."""
     num_tokens = documents.first_BT.size(1)
-    blocks: Any = document_blocks(documents.first_BT, window)
+    blocks = document_blocks(documents.first_BT, window)
     return BlockMask(
-        (num_tokens, num_tokens), *blocks, (_BLOCK, _BLOCK), _visible_in(documents, window)
+        seq_lengths=(num_tokens, num_tokens),
+        BLOCK_SIZE=(_BLOCK, _BLOCK),
+        mask_mod=_visible_in(documents, window),
+        **dict(zip(_BLOCKS, blocks, strict=True)),
     )
+
+
+_BLOCKS = tuple(
+    f"{kind}_{what}"
+    for kind in ("kv", "full_kv", "q", "full_q")
+    for what in ("num_blocks", "indices")
+)
+"""The library's names of the tensors below, in their order."""
 
 
 @torch.library.custom_op("caddie::document_blocks", mutates_args=())
