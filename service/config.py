@@ -50,7 +50,7 @@ class ServiceSettings(Settings):
     """How often a trial is tried when it fails through nobody's choice."""
     grace_seconds: NonNegativeFloat = 60.0
     """How long running trials may go on after the sweep was asked to stop."""
-    size_limit: Annotated[float, Field(gt=0, lt=1)] = 0.9
+    size_limit: Annotated[float, Field(gt=0, lt=1)] = 0.6
     """A trial whose probability of exceeding the artifact cap is above this is not launched."""
     tracks: dict[str, Track] = Field(default_factory=dict)
     """The user's own tracks, beside the built-in ones."""

@@ -74,8 +74,8 @@ def forecast(
     from service.trial import TrialSpec
 
     spec = TrialSpec("estimate", 0, recipe, overrides, config, Path.cwd(), workers=count)
-    filters = default_filters(track=recipe_named(recipe).track)
-    size = next(f for f in filters if isinstance(f, ArtifactSize)).forecast(config)
+    filters = default_filters(track=recipe_named(recipe).track, recipe=recipe)
+    size = next(f for f in filters if isinstance(f, ArtifactSize)).forecast(config, count)
     flops = _flops_per_token(config)
     step_s = flops * config.data.batch_tokens / (DEVICES[device].flops * count)
     seconds = config.budget.train_seconds

@@ -154,7 +154,7 @@ def _make_scheduler(plan: Plan, study: optuna.Study, live: LiveTable) -> Schedul
             plan.space,
             runner,
             trackers,
-            default_filters(settings.size_limit, plan.track.name),
+            default_filters(settings.size_limit, plan.track.name, plan.space.recipe),
             Demand(settings.workers_per_trial, settings.gpus_per_worker, settings.cpus_per_worker),
             settings.trials,
             settings.out,

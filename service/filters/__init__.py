@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from service.filters.artifact_size import ArtifactSize
+from service.filters.artifact_size import DEFAULT_LIMIT, ArtifactSize
 from service.filters.base import Filter
 from service.filters.bytes import Bytes
 from service.filters.clock import PhaseClock
@@ -23,17 +23,20 @@ FILTERS: dict[str, Callable[[], Filter]] = {
 }
 
 
-def default_filters(size_limit: float = 0.9, track: str = "") -> list[Filter]:
+def default_filters(
+    size_limit: float = DEFAULT_LIMIT, track: str = "", recipe: str = ""
+) -> list[Filter]:
     """Every filter, fresh: filters learn, so each sweep has its own.
 
     Args:
         size_limit: Launch a trial unless its artifact is over the cap with more than this
             probability.
         track: Name of the track in force, for what it forbids; "" forbids nothing.
+        recipe: Base recipe of the study, for what is known of its artifacts; "" = nothing.
     """
     made = {
         **FILTERS,
-        "artifact_size": lambda: ArtifactSize(size_limit),
+        "artifact_size": lambda: ArtifactSize(size_limit, recipe),
         "legality": lambda: Legality(track),
     }
     return [make() for make in made.values()]

@@ -3,28 +3,18 @@
 from __future__ import annotations
 
 import math
-import random
 from pathlib import Path
-from statistics import NormalDist
 from typing import Any
 
 import pytest
 
 from service.filters import FILTERS, default_filters
-from service.filters.artifact_size import (
-    PRIOR_RATIO,
-    ArtifactSize,
-    SizeForecast,
-    code_bytes,
-    raw_bytes,
-)
 from service.filters.divergence import Divergence
 from service.filters.duplicate import Duplicates
 from service.filters.legality import Legality
 from service.filters.step_time import StepTime
 from service.run import number
 from service.trial import TrialSpec
-from trainer.account import parameter_table
 from trainer.config import TrainConfig
 from trainer.recipes import RECIPES
 from trainer.report import TrainResult
@@ -57,115 +47,12 @@ def steps(*points: tuple[int, float, float], total_s: float = 100.0) -> list[dic
     ]
 
 
-def test_raw_bytes_of_the_baseline_by_hand() -> None:
-    """Small tensors: 9 layers of 2 scales, resid_mix (2 rows), 8 gains; 4 skips; all of width 512.
-    Large: embedding 1024 x 512, and per layer q, out 512 x 512, k, v 256 x 512, up, down."""
-    small = 9 * (4 * 512 + 8) + 4 * 512
-    large = 1024 * 512 + 9 * (2 * 512 * 512 + 2 * 256 * 512 + 2 * 1024 * 512)
-    rows = 1024 + 9 * (512 + 512 + 256 + 256 + 1024 + 512)
-    assert small + large == 17_059_912, "the published number of parameters"
-    assert raw_bytes(GOLF) == 2 * small + large + 2 * rows
-
-
-def test_raw_bytes_follow_the_bits() -> None:
-    six = GOLF.with_overrides({"quantize.scheme": "int6"})
-    embedding = 1024 * 512
-    mixed = six.with_overrides({"quantize.embed_bits": 8})
-    assert raw_bytes(mixed) - raw_bytes(six) == embedding * 2 / 8
-    floats = GOLF.with_overrides({"quantize.keep_float_max_numel": 10**9})
-    numel = sum(math.prod(shape) for shape in parameter_table(GOLF.model).values())
-    assert raw_bytes(floats) == 2 * numel
-
-
-def test_prior_covers_the_published_baseline() -> None:
-    forecast = ArtifactSize().forecast(GOLF)
-    published_model = 15_863_489 - 47_642
-    assert forecast.measured == 0
-    assert forecast.mean == pytest.approx(code_bytes(GOLF) + PRIOR_RATIO * raw_bytes(GOLF))
-    assert forecast.quantile(0.05) < code_bytes(GOLF) + published_model < forecast.quantile(0.95)
-
-
-@pytest.mark.parametrize(("name", "model_bytes"), [("pr675", 13_409_908), ("pr1212", 15_692_661)])
-def test_the_published_artifact_is_within_the_forecast(name: str, model_bytes: int) -> None:
-    recipe = RECIPES[name].build()
-    forecast = ArtifactSize().forecast(recipe)
-    assert forecast.quantile(0.05) < code_bytes(recipe) + model_bytes < forecast.quantile(0.95)
-    assert forecast.probability_over(16e6) < 0.9, "or no sweep would launch it"
-
-
-def test_sigma_clips_set_the_bits_of_a_code() -> None:
-    """3.32 bits at 6 bits and 12.85, 4.71 at 8 bits and 20 (the reference's reckoning of #1894);
-    as many as the codes have where the clip is narrow."""
-    plain = {"quantize.scheme": "int6", "quantize.clip": "sigma"}
-    matrices, embedding = 16_515_072, 1024 * 512
-    published = GOLF.with_overrides(
-        {**plain, "quantize.embed_bits": 8, "quantize.embed_clip_sigmas": 20.0}
-    )
-    full = raw_bytes(GOLF.with_overrides({"quantize.scheme": "int6", "quantize.embed_bits": 8}))
-    saved = (6 - 3.318) * matrices / 8 + (8 - 4.714) * embedding / 8
-    assert raw_bytes(published) == pytest.approx(full - saved, rel=1e-3)
-    narrow = GOLF.with_overrides({**plain, "quantize.clip_sigmas": 1.5})
-    assert raw_bytes(narrow) == raw_bytes(GOLF.with_overrides({"quantize.scheme": "int6"}))
-    size = ArtifactSize()
-    size.learn(published, result_of(bytes_model=9_000_000, bytes_code=1))
-    assert size.forecast(narrow).measured == 1, "the ratio carries over to other clips"
-
-
 def test_a_run_without_steps_of_its_own_needs_no_minimum_of_them() -> None:
     short = TINY.with_overrides({"budget.min_steps": 20})
     restored = short.with_overrides({"source.checkpoint": "checkpoint.bin"})
     verdict = StepTime().after_finish(spec_of(short), result_of(steps=0))
     assert verdict is not None and not verdict.ok
     assert StepTime().after_finish(spec_of(restored), result_of(steps=0)) is None
-
-
-def test_forecast_learns_ratio_and_spread_per_way_of_coding() -> None:
-    size = ArtifactSize()
-    before = size.forecast(GOLF)
-    ratios = [0.880, 0.884, 0.876, 0.882, 0.878, 0.880, 0.881, 0.879] * 5
-    for ratio in ratios:
-        size.learn(GOLF, result_of(bytes_model=round(ratio * raw_bytes(GOLF)), bytes_code=1))
-    after = size.forecast(GOLF)
-    assert after.measured == 40
-    assert (after.mean - code_bytes(GOLF)) / raw_bytes(GOLF) == pytest.approx(0.8824, abs=1e-3)
-    assert after.spread < before.spread / 2
-    deeper = GOLF.with_overrides({"model.num_layers": 12})
-    assert size.forecast(deeper).measured == 40, "the ratio carries over to other shapes"
-    six = GOLF.with_overrides({"quantize.scheme": "int6"})
-    assert size.forecast(six).measured == 0, "but not to another way of coding"
-
-
-def test_forecast_interval_holds_what_it_says() -> None:
-    """Ratios drawn from a known distribution: the 90 % interval holds about 90 % of the next."""
-    dice = random.Random(0)
-    inside, total = 0, 400
-    for _ in range(total):
-        mean = dice.gauss(0.93, 0.05)
-        size = ArtifactSize()
-        for _ in range(10):
-            ratio = dice.gauss(mean, 0.01)
-            size.learn(GOLF, result_of(bytes_model=int(ratio * raw_bytes(GOLF)), bytes_code=1))
-        forecast = size.forecast(GOLF)
-        truth = code_bytes(GOLF) + dice.gauss(mean, 0.01) * raw_bytes(GOLF)
-        inside += forecast.quantile(0.05) < truth < forecast.quantile(0.95)
-    assert 0.85 < inside / total <= 1.0
-
-
-def test_probability_over_the_cap_against_the_normal_distribution() -> None:
-    forecast = SizeForecast(mean=15.9e6, spread=1e5, measured=3)
-    assert forecast.probability_over(16e6) == pytest.approx(1 - NormalDist().cdf(1.0))
-    assert forecast.quantile(0.5) == 15_900_000
-
-
-@pytest.mark.parametrize(("limit", "ok"), [(0.5, False), (0.99, True)])
-def test_limit_decides_what_is_launched(limit: float, ok: bool) -> None:
-    size = ArtifactSize(limit)
-    cap = round(size.forecast(TINY).quantile(0.10))  # over it with probability 0.9
-    verdict = size.before_launch(spec_of(TINY.with_overrides({"budget.artifact_bytes": cap})))
-    assert verdict is not None
-    assert (verdict.ok, verdict.predicted, verdict.bound) == (ok, True, cap)
-    assert "over it with probability 0.90" in verdict.reason
-    assert (verdict.excess <= 0) == ok
 
 
 def test_no_cap_no_verdict() -> None:
@@ -180,19 +67,6 @@ def test_no_cap_no_verdict() -> None:
             judge.after_finish(spec_of(free), result),
         ):
             assert verdict is None or verdict.name == "train_seconds"
-
-
-def test_size_forecast_against_real_packing() -> None:
-    """Untrained weights through the real quantiser and codec: the prior's interval holds them."""
-    torch = pytest.importorskip("torch")
-    from trainer.artifact import encode
-    from trainer.quantize import quantize
-
-    torch.manual_seed(0)
-    state = {name: torch.randn(shape) * 0.05 for name, shape in parameter_table(TINY.model).items()}
-    blob = encode(quantize(state, TINY.quantize), TINY)
-    forecast = ArtifactSize().forecast(TINY)
-    assert forecast.quantile(0.01) < code_bytes(TINY) + len(blob) < forecast.quantile(0.99)
 
 
 def test_step_time_forecast_is_marginal_and_tolerant() -> None:
