@@ -7,7 +7,6 @@ byte belong. What is found is plain numbers; what is not understood is left out,
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -44,6 +43,8 @@ TRACK_NAMES = {
 """The challenge's own names of tracks."""
 
 MAX_SEEDS = 1000
+LARGEST = 1e15
+"""No size, time or score is this large, and sums of such numbers stay finite."""
 _MAX_DEPTH = 3
 _NUMBER = re.compile(
     r"[~\u2248]?\s*(-?\d{1,3}(?:[,_]\d{3})+|-?\d+)(\.\d+)?([eE][-+]?\d{1,3})?\s*(\w*)"
@@ -118,7 +119,7 @@ class Claims:
 
 
 def number(value: object) -> float | None:
-    """A finite number, written as one or as text ("15,863,489", "15863489 bytes", "1.2 MB")."""
+    """A number below LARGEST, written as one or as text: "15,863,489", "15863489 bytes", "1 MB"."""
     if isinstance(value, bool) or value is None:
         return None
     if isinstance(value, int | float):
@@ -126,7 +127,7 @@ def number(value: object) -> float | None:
             found = float(value)
         except OverflowError:
             return None
-        return found if math.isfinite(found) else None
+        return found if abs(found) < LARGEST else None
     if not isinstance(value, str) or len(value) > 60:
         return None
     match = _NUMBER.fullmatch(value.strip())
@@ -134,7 +135,7 @@ def number(value: object) -> float | None:
         return None
     digits = re.sub(r"[,_]", "", match[1]) + (match[2] or "") + (match[3] or "")
     found = float(digits) * _UNITS[match[4].lower()]
-    return found if math.isfinite(found) else None
+    return found if abs(found) < LARGEST else None
 
 
 def _numbers(tree: Mapping[str, Any]) -> dict[str, float]:

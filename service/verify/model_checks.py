@@ -8,6 +8,7 @@ shows that the folder needs nothing else; it runs where it is known, or asked fo
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -256,7 +257,8 @@ def same_hardware(recorded: object, device: str) -> bool:
     """Whether the record names the device that scored here, and, for a processor, its model."""
     text = json.dumps(recorded).lower() if recorded else ""
     if device != "cpu":
-        return device.removeprefix("NVIDIA ").lower() in text
+        kind = re.search(r"[a-z]*\d{2,4}", device.lower())  # h100 of "NVIDIA H100 80GB HBM3"
+        return kind is not None and kind[0] in text
     return "cpu" in text and str(describe_hardware()["cpu"]).lower() in text
 
 
