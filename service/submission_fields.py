@@ -13,9 +13,13 @@ MODEL_FILE = "artifact.bin"
 RECORD_FILE = "submission.json"
 README_FILE = "README.md"
 REQUIREMENTS_FILE = "requirements.txt"
-READABLE_FILE = "train_gpt.readable.py"
+READABLE_FILE = "train_gpt_readable.py"
 """The program before it was shortened. It is never run from the folder, so it does not count."""
 LOG_FILES = "train_seed{seed}.log"
+SCORE_ARGUMENTS = ("--data", "{data}", "--out", ".", "--artifact", MODEL_FILE)
+"""With these CODE_FILE only scores MODEL_FILE, on the data set in the folder {data}."""
+RESULT_FILE = "result.json"
+"""What it then writes: JSON with val_bpb, val_loss and artifact_digest."""
 
 FIELDS: dict[str, str] = {
     "track": "name of the budgets that it was made for, of `caddie tracks`",
@@ -33,7 +37,5 @@ FIELDS: dict[str, str] = {
     "data_digest": "digest of the data set that it was trained and scored on",
     "hardware": "device and machine; two runs compare to the last bit only on the same",
     "versions": "versions of the packages",
-    "score_command": "arguments of CODE_FILE that only score MODEL_FILE, the data set's folder "
-    "written {data}; the last line it prints is JSON with val_bpb and val_loss",
 }
 """Field of submission.json -> what it says."""

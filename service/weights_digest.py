@@ -12,17 +12,11 @@ from trainer.quantize.schemes import scheme_named
 
 
 def weights_digest(quantized: QuantizedState) -> str:
-    """Hex SHA-256 over the tensors in order of their names, and over the names that are tied.
-
-    A tensor is "name dtype shape\\n" and its numbers as they are computed with, little-endian, in C
-    order; a tied name is "name = target\\n". One tensor is decoded at a time.
-    """
+    """Hex SHA-256 over the tensors in order of their names: "name dtype shape" and then the numbers
+    as they are computed with, in C order. One tensor is decoded at a time."""
     digest = hashlib.sha256()
     for name, stored in sorted(quantized.tensors.items()):
         values = scheme_named(stored.scheme).decode(stored.arrays, stored.shape)
-        values = values.astype(values.dtype.newbyteorder("<"), order="C", copy=False)
-        digest.update(f"{name} {values.dtype.str} {list(values.shape)}\n".encode())
+        digest.update(f"{name} {values.dtype.str} {values.shape}".encode())
         digest.update(values.tobytes())
-    for name, target in sorted(quantized.aliases.items()):
-        digest.update(f"{name} = {target}\n".encode())
     return digest.hexdigest()

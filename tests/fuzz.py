@@ -49,7 +49,11 @@ from trainer.quantize import quantize
 SECONDS = 10.0
 """A case may take, on a busy machine too; sound ones take milliseconds."""
 EXTRA_BYTES = 1 << 30
-"""A case may take beside what the process has at the start."""
+"""A case may take beside what the process has at the start: an artifact may unpack to a quarter of
+this, and is then computed with in fp32."""
+CODEC_EXTRA_BYTES = 100 << 20
+"""As EXTRA_BYTES, for decoders that are told how much must come out; less than a bomb."""
+LARGEST_DECLARED = 20_000_000
 CODEC_CONTENT = np.clip(np.random.default_rng(0).normal(0, 9, 3000).round(), -31, 31)
 BOMB_BYTES = 200_000_000
 GROUPINGS = ("type", "role", "role_transposed", "role_sorted")
@@ -151,6 +155,7 @@ class Target:
     make: Callable[[random.Random], Any]
     read: Callable[[Any], object]
     promised: tuple[type[Exception], ...] = (ArtifactError,)
+    extra_bytes: int = EXTRA_BYTES
 
 
 def _state() -> dict[str, torch.Tensor]:
@@ -251,8 +256,8 @@ def packed_codes(codec: str) -> bytes:
 
 
 def make_packed(codec: str, rng: random.Random) -> tuple[bytes, int]:
-    size = rng.choice((len(CODEC_CONTENT),) * 4 + (0, 1, len(CODEC_CONTENT) + 1, BOMB_BYTES))
-    source = packed_codes(codec) if rng.random() < 0.9 else bombs()[codec]
+    size = rng.choice((len(CODEC_CONTENT),) * 4 + (0, 1, len(CODEC_CONTENT) + 1, LARGEST_DECLARED))
+    source = packed_codes(codec) if rng.random() < 0.75 else bombs()[codec]
     return mutated(source, rng), size
 
 
@@ -301,7 +306,6 @@ RECORD = {
     "config": TrainConfig().to_dict(),
     "artifact_digest": "0" * 64,
     "phases": {"train": 590.0, "evaluate": 300.0},
-    "score_command": ["--data", "{data}"],
     "hardware": {"device": "cpu"},
 }
 LOG = (
@@ -343,7 +347,11 @@ def read_shard(blob: bytes) -> object:
 TARGETS: dict[str, Target] = {
     "artifact": Target(make_artifact, read_artifact),
     **{
-        codec: Target(functools.partial(make_packed, codec), functools.partial(read_packed, codec))
+        codec: Target(
+            functools.partial(make_packed, codec),
+            functools.partial(read_packed, codec),
+            extra_bytes=CODEC_EXTRA_BYTES,
+        )
         for codec in CODECS
     },
     "checkpoint": Target(make_checkpoint, read_checkpoint),
@@ -366,6 +374,7 @@ def fuzz(target: str, num_cases: int, seed: int, only: int | None = None) -> Out
     """Run the cases of one target; children that die are replaced."""
     outcome = Outcome(target)
     first, last = (0, num_cases) if only is None else (only, only + 1)
+    bombs()  # made here, so that children have them
     with mmap.mmap(-1, 8) as place:
         while first < last:
             first = _run_child(TARGETS[target], outcome, range(first, last), seed, place)
@@ -408,9 +417,9 @@ def _run_child(target: Target, outcome: Outcome, cases: range, seed: int, place:
 
 def _run_cases(target: Target, name: str, cases: range, seed: int, place: mmap.mmap) -> Outcome:
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process, inside C code too
-    used = _data_bytes()
+    most = _data_bytes() + target.extra_bytes
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_DATA, (used + EXTRA_BYTES, used + EXTRA_BYTES))
+    resource.setrlimit(resource.RLIMIT_DATA, (most, most))
     found = Outcome(name)
     for index in cases:
         place[:8] = index.to_bytes(8, "little")

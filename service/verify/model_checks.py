@@ -17,7 +17,7 @@ from typing import Any
 
 from search_spaces.tracks import Track
 from service.provenance import describe_hardware
-from service.submission_fields import CODE_FILE, MODEL_FILE
+from service.submission_fields import CODE_FILE, MODEL_FILE, RESULT_FILE, SCORE_ARGUMENTS
 from service.verify.checks import Check, at_most, equal, failed, unchecked
 from service.verify.dialects import Claims, number
 from service.verify.folder import (
@@ -76,6 +76,8 @@ class Model:
     scratch: Path
     val_bpb: float | None = None
     """As reproduced."""
+    digest: str | None = None
+    """Of the decoded weights."""
 
     def checks(self) -> Iterator[Check]:
         """All checks that need the artifact."""
@@ -95,7 +97,8 @@ class Model:
             else:
                 reason = f"{decoded['num_tensors']} tensors, decoded in a process of its own, in s"
                 yield at_most("artifact", round(outcome.seconds, 2), DECODE.seconds, reason)
-        yield self._check_digest(decoded.get("digest"))
+        self.digest = decoded.get("digest")
+        yield self._check_digest(self.digest)
         made = _config(decoded.get("config"))
         recorded, fault = _recorded(self.claims)
         yield from self._check_config(made, recorded, fault)
@@ -230,10 +233,15 @@ class Model:
         outcome = prove(job, clean, Limits(self.means.seconds, SCORE_MEMORY_BYTES))
         if outcome.fault is not None:
             return failed("own_code", shown(outcome.fault, 400), SAME_SCORE)
-        said = _last_json(outcome.printed).get("val_bpb")
+        try:
+            said = Folder(clean).read_json(RESULT_FILE)
+        except UnreadableError as error:
+            return failed("own_code", str(error), SAME_SCORE)
+        if said.get("artifact_digest") not in (None, self.digest):
+            return failed("own_code", "it decodes other weights", SAME_SCORE)
         wanted = self.val_bpb if self.val_bpb is not None else self.claims.numbers.get("val_bpb")
-        if (score := number(said)) is None or wanted is None:
-            return failed("own_code", "its last line is no JSON with val_bpb", SAME_SCORE)
+        if (score := number(said.get("val_bpb"))) is None or wanted is None:
+            return failed("own_code", f"its {RESULT_FILE} has no val_bpb", SAME_SCORE)
         reason = f"{score:.8f} by {CODE_FILE}, with nothing but the folder"
         return at_most("own_code", abs(score - wanted), SAME_SCORE, reason)
 
@@ -241,16 +249,13 @@ class Model:
         """How the program is told to score. Raises UnreadableError when it is not to be run."""
         if self.folder.code is None:
             raise UnreadableError(f"there is no {CODE_FILE} in the folder")
-        command = self.claims.tree.get("score_command")
-        if not isinstance(command, list) or not all(isinstance(word, str) for word in command):
-            raise UnreadableError("the record has no score_command")
         program = self.folder.read(CODE_FILE, MAX_CODE_BYTES)
         if not self.means.run_code and not _is_known(program, config):
             raise UnreadableError(
                 f"{CODE_FILE} is not what this version packs for these settings; if you trust it, "
                 "give --run-code to run it"
             )
-        return [word.replace("{data}", str(data)) for word in command]
+        return [word.replace("{data}", str(data)) for word in SCORE_ARGUMENTS]
 
 
 def same_hardware(recorded: object, device: str) -> bool:
@@ -281,12 +286,3 @@ def _recorded(claims: Claims) -> tuple[TrainConfig | None, str | None]:
         return TrainConfig.from_dict(tree), None
     except ConfigError as error:
         return None, shown(f"the recorded settings are not valid: {error}", 400)
-
-
-def _last_json(printed: str) -> dict[str, Any]:
-    lines = printed.strip().splitlines()
-    try:
-        tree = json.loads(lines[-1]) if lines else {}
-    except (ValueError, RecursionError):
-        return {}
-    return tree if isinstance(tree, dict) else {}
