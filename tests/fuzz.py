@@ -11,6 +11,7 @@ case killed by its alarm. Cases are made from (seed, target, index) alone, so th
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
 import hashlib
 import json
@@ -128,14 +129,14 @@ def mutated_tree(tree: Any, rng: random.Random) -> Any:
             key = rng.choice(keys)
             holder, node = parent, parent[key]
         if key is None:
-            return rng.choice(NODES)
+            return copy.deepcopy(rng.choice(NODES))
         kind = rng.randrange(4)
         if kind == 0 and isinstance(holder, dict):
-            holder[rng.choice(("seed", "config", "a.b", "", "x" * 300))] = node
+            holder[rng.choice(("seed", "config", "a.b", "", "x" * 300))] = copy.deepcopy(node)
         elif kind == 1:
             del holder[key]
         else:
-            holder[key] = rng.choice(NODES)
+            holder[key] = copy.deepcopy(rng.choice(NODES))
     return tree
 
 
