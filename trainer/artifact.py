@@ -24,6 +24,7 @@ import struct
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from trainer.compress import CODECS, compress, decompress
@@ -216,6 +217,10 @@ def _unpack(
     for stream, packed_size in header.streams.items():
         packed = bytes(streams[start : start + packed_size])
         data = decompress(packed, config.compress, sizes[stream], itemsize(stream))
+        if stream.startswith("<f") and not np.isfinite(np.frombuffer(data, stream)).all():
+            raise ArtifactError(
+                f"artifact: some of its {stream} numbers are not finite; pack the model again"
+            )
         contents[stream] = memoryview(data)
         start += packed_size
     return contents

@@ -57,6 +57,7 @@ def read_config(path: Path) -> TrainConfig:
 
     Raises: ArtifactError when there is no such file or it is something else.
     """
+    _check_regular(path)
     try:
         with path.open("rb") as file:
             head = file.read(_PREFIX.size)
@@ -68,6 +69,7 @@ def read_config(path: Path) -> TrainConfig:
 
 def read(path: Path) -> dict[str, np.ndarray]:
     """The weights by name, read-only. Raises ArtifactError."""
+    _check_regular(path)
     try:
         blob = path.read_bytes()
     except OSError as error:
@@ -102,6 +104,11 @@ def check_fits(
     if faults:
         more = f" and {len(faults) - 1} more tensors differ" if len(faults) > 1 else ""
         raise ConfigError(f"{faults[0]}{more}; give the settings that it was trained with")
+
+
+def _check_regular(path: Path) -> None:
+    if path.exists() and not path.is_file():  # opening a pipe would wait for its writer
+        raise ArtifactError(f"{path}: not a regular file; name the checkpoint itself")
 
 
 def _shaped(name: str, shapes: Mapping[str, tuple[int, ...]]) -> str:

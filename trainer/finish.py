@@ -15,7 +15,7 @@ from trainer import artifact, checkpoint
 from trainer.calibrate import calibrate
 from trainer.code import packed_code
 from trainer.config import TrainConfig
-from trainer.errors import ConfigError
+from trainer.errors import ArtifactError, ConfigError
 from trainer.evaluate.naive_ttt import train_on_validation
 from trainer.evaluate.scorer import EvalResult
 from trainer.quantize import QuantizedState, coded_names, dequantize, quantize
@@ -167,4 +167,10 @@ class Finish:
         group = self.work.group
         blob = artifact.read(path) if group.is_main else None
         _, quantized = artifact.decode(group.broadcast_bytes(blob))
-        self.work.model.load_state_dict(dequantize(quantized))
+        try:
+            self.work.model.load_state_dict(dequantize(quantized))
+        except RuntimeError as error:
+            raise ArtifactError(
+                f"{path}: its tensors are not those of its settings ({str(error)[:300]}); pack the "
+                "model again"
+            ) from None

@@ -63,6 +63,8 @@ def rans_decompress(packed: bytes, size: int) -> bytes:
     _, num_symbols, table_bytes = _PREFIX.unpack_from(packed)
     if num_symbols != size:  # before memory is taken
         raise wrong_size(min(num_symbols, size + 1), size, "rans")
+    if len(packed) < LEAST_SHARE / 2 * size:  # a few bytes must not buy minutes of work
+        raise _damaged("it is too short for what it says")
     body = packed[_PREFIX.size + table_bytes :]
     table = brotli_decompress(packed[_PREFIX.size : _PREFIX.size + table_bytes], 512)
     freqs_S = np.frombuffer(table, "<u2").astype(np.uint64)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from trainer.config import QuantizeConfig
+from trainer.errors import ArtifactError
 from trainer.quantize.per_row import PerRow, as_rows, rows_and_columns
 from trainer.quantize.state import ArraySpec
 
@@ -60,6 +61,12 @@ class LowRank:
         return arrays | self._factors(as_rows(tensor).cpu() - as_rows(decoded))
 
     def decode(self, arrays: Mapping[str, np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
+        """Raises: ArtifactError when the rank is above what a matrix of this shape can have."""
+        if self.rank > min(rows_and_columns(shape)):  # each rank costs a pass over the matrix
+            raise ArtifactError(
+                f"artifact: factors of rank {self.rank} for a tensor of shape {list(shape)}; pack "
+                "the model again"
+            )
         decoded_RC = self.base.decode(arrays, shape).reshape(rows_and_columns(shape))
         left_RK, right_KC = arrays["left"].astype(np.float32), arrays["right"].astype(np.float32)
         if self.group:

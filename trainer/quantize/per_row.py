@@ -123,8 +123,14 @@ class PerRow:
         return arrays
 
     def decode(self, arrays: Mapping[str, np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
-        """Raises: ArtifactError when a group of columns lies outside the matrix."""
+        """Raises: ArtifactError when a group of columns lies outside the matrix, or when groups
+        take more columns than there are."""
         codes_RC = arrays["codes"].reshape(rows_and_columns(shape))
+        if self.num_high * self.high_columns > codes_RC.shape[1]:
+            raise ArtifactError(
+                f"artifact: {self.num_high} groups of {self.high_columns} columns at 8 bits in a "
+                f"matrix of {codes_RC.shape[1]}; pack the model again"
+            )
         if self.has_step:
             scales_R = arrays["multiples"].astype(np.float32) * arrays["step"].astype(np.float32)
         else:
