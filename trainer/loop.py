@@ -31,7 +31,12 @@ from trainer.pacer import StepPacer
 from trainer.quantize.aware import QuantizationAware
 from trainer.quantize.qat_lite import QatLite
 from trainer.report import NullReporter, Reporter, TrainResult
-from trainer.schedule import extra_weight_decay, lr_multiplier, muon_momentum
+from trainer.schedule import (
+    decay_multiplier,
+    extra_weight_decay,
+    lr_multiplier,
+    muon_momentum,
+)
 from trainer.workspace import Workspace, count, device_name, load_weights
 
 
@@ -198,6 +203,7 @@ class Run:
             lr_mult,
             muon_momentum(optim, step, progress),
             extra_weight_decay(optim, lr_mult, progress),
+            decay_multiplier(self.config.schedule, progress),
         )
         self.qat_lite.pull(step, progress)
         self.optimizer.zero_grad()

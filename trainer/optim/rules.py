@@ -24,6 +24,8 @@ class ParamRule:
     """Decoupled: each step takes lr * weight_decay of the parameter away; 0 = off."""
     layers: tuple[int, int] | None = None
     """First block and the one after the last; None = all blocks and what is outside them."""
+    beta1: float = 0.0
+    """Decay of Adam's first moment; 0 = optim.adam_beta1."""
 
     def matches(self, name: str) -> bool:
         """Whether this row is for the parameter of that name."""
