@@ -18,24 +18,25 @@ def parameter_table(model: ModelConfig) -> Table:
     width = model.model_dim
     table: Table = {}
     if model.num_skips:
-        table["skip_weights"] = (model.num_skips, width)
+        skip_width = width if model.skip_kind == "channel" else 1
+        table["skip_weights"] = (model.num_skips, skip_width)
         if model.gated_skips:
-            table["skip_gates"] = (model.num_skips, width)
+            table["skip_gates"] = (model.num_skips, skip_width)
     if model.backout_layer >= 0:
         table["backout"] = (1,)
-    table["tok_emb.weight"] = (model.vocab_size, width)
+    table["tok_emb.weight"] = (model.table_rows, width)
     for index in range(model.num_layers):
         table |= _under(f"blocks.{index}", _block(model, index))
     for kind in ("weights", "gates") if model.gated_skips else ("weights",):
         for index in range(model.num_recur_skips):
-            table[f"recur_skip_{kind}.{index}"] = (width,)
+            table[f"recur_skip_{kind}.{index}"] = (skip_width,)
     if model.parallel == "lanes" and model.parallel_merge == "learned":
         table["lane_merge.share"] = (1,)
     if model.num_loops > 1:
         for index in range(model.num_loops * model.num_layers):
             table |= _under(f"visits.{index}", _visit(model))
     if not model.tie_embeddings:
-        table["head.weight"] = (model.vocab_size, width)
+        table["head.weight"] = (model.table_rows, width)
     return table | _joining(model)
 
 
@@ -43,7 +44,7 @@ def _block(model: ModelConfig, index: int) -> Table:
     width = model.model_dim
     table: Table = {} if model.num_loops > 1 else _scales(model)
     if not model.attends(index):
-        del table["attn_scale"]
+        table.pop("attn_scale", None)
     if model.layer_scale:
         table["layer_scale"] = (width,)
     if model.resid_lambda_init:
@@ -54,6 +55,8 @@ def _block(model: ModelConfig, index: int) -> Table:
         "mlp.up.weight": (model.mlp_dim, width),
         "mlp.down.weight": (width, model.mlp_dim),
     }
+    if model.mlp_kind == "swiglu":
+        mlp["mlp.swish.weight"] = (model.mlp_dim, width)
     table |= mlp
     has_factors = model.is_parallel(index) or model.parallel_factors == "all"
     if model.parallel == "lanes" and has_factors:
@@ -76,11 +79,19 @@ def _repeat(model: ModelConfig, index: int, mlp: Table) -> Table:
 
 def _scales(model: ModelConfig) -> Table:
     width = model.model_dim
-    return {"attn_scale": (width,), "mlp_scale": (width,), "resid_mix": (2, width)}
+    table: Table = {}
+    if model.branch_scales == "channel":
+        table |= {"attn_scale": (width,), "mlp_scale": (width,)}
+    if model.resid_mix == "channel":
+        table["resid_mix"] = (2, width)
+    elif model.resid_mix == "scalar":
+        table |= {"keep_factor": (1,), "embed_factor": (1,)}
+    return table
 
 
 def _attention(model: ModelConfig, index: int) -> Table:
-    table: Table = {} if model.num_loops > 1 else {"q_gain": (model.num_heads,)}
+    has_gain = model.num_loops == 1 and model.qk_gain == "learned"
+    table: Table = {"q_gain": (model.num_heads,)} if has_gain else {}
     if model.diff_attention != "off":
         names = ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2")
         table |= dict.fromkeys(names, (model.head_dim // 2,))
@@ -92,6 +103,12 @@ def _attention(model: ModelConfig, index: int) -> Table:
         table["value_residual.factors"] = (2,)
     if model.embeds_values(index):
         table["value_embed.scale"] = (1,)
+    if model.excludes(index) and model.xsa_strength == "learned":
+        table["xsa.strength"] = (model.num_heads,)
+    if model.projects_values(index):
+        kv_width = model.num_kv_heads * model.head_dim
+        table["value_proj.proj.weight"] = (kv_width, model.model_dim)
+        table["value_proj.gate.weight"] = (model.num_kv_heads, model.value_proj_gate_dim)
     if model.attn_gate != "off":
         is_narrow = model.attn_gate in ("window", "sparse")
         num_in = model.attn_gate_dim if is_narrow else model.model_dim
@@ -186,7 +203,7 @@ def _visits(model: ModelConfig, layer: int) -> int:
 
 
 def _product_weights(model: ModelConfig) -> int:
-    weights = model.vocab_size * model.model_dim  # the head, tied or not
+    weights = model.table_rows * model.model_dim  # the head, tied or not
     for name, shape in parameter_table(model).items():
         if ".lora." in name or (".repeats." in name and name.endswith(".weight")):
             weights += math.prod(shape)

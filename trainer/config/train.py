@@ -132,6 +132,11 @@ class TrainConfig(Settings):
                 f"model.num_loops = {self.model.num_loops} times have; set runtime.mlp_kernel = "
                 "compiled"
             )
+        if mlp.startswith("fused") and self.model.mlp_kind != "squared":
+            faults.append(
+                f'runtime.mlp_kernel = "{mlp}" knows two matrices, but model.mlp_kind = '
+                f'"{self.model.mlp_kind}" has three; set runtime.mlp_kernel = compiled'
+            )
         if loss == "fused" and self.loss.kind != "cross_entropy":
             faults.append(
                 f'runtime.loss_kernel = "fused" has no weights on the tokens, which loss.kind = '

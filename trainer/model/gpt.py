@@ -28,10 +28,12 @@ from trainer.model.embedding import BigramHash, ChannelSmear, TokenSmear, ValueT
 from trainer.model.gate import HeadGate
 from trainer.model.lanes import LaneMerge
 from trainer.model.linear import Linear
+from trainer.model.mlp import MLP
 from trainer.model.norm import rms_norm
 from trainer.model.recurrence import build_repeats
 from trainer.model.rotary import Rotary
 from trainer.model.shared import SharedBlock, Visit
+from trainer.model.values import ValueProjection
 
 MAX_SEQ_LEN = 8192
 """Rows of the rotary tables; `GPT(..., max_seq_len=)` raises it."""
@@ -65,7 +67,7 @@ class GPT(nn.Module):
         self.objective: Objective | None = None
         self.visits_now = config.recur_visits
         self.fuses_loss = False
-        self.tok_emb = nn.Embedding(config.vocab_size, config.model_dim)
+        self.tok_emb = nn.Embedding(config.table_rows, config.model_dim)
         if config.tie_embeddings:
             nn.init.normal_(self.tok_emb.weight, std=config.tied_embed_init_std)
         if config.num_loops == 1:
@@ -73,7 +75,7 @@ class GPT(nn.Module):
         else:
             self._build_loops(config, attend)
         if not config.tie_embeddings:
-            self.head = Linear(config.model_dim, config.vocab_size, init="zeros")
+            self.head = Linear(config.model_dim, config.table_rows, init="zeros")
         # Last, so that one seed gives the other weights the same start with and without them.
         self.bigram = BigramHash(config) if config.bigram_buckets else None
         self.token_smear = TokenSmear(config) if config.smear == "token" else None
@@ -81,6 +83,8 @@ class GPT(nn.Module):
         self.value_embed = ValueTable(config) if config.value_embed_dim else None
         if config.num_loops == 1:
             self._add_gates_and_repeats(config)
+        if config.head_init_std:
+            nn.init.normal_(self.head.weight, std=config.head_init_std)
         self.rotary = Rotary(config, max_seq_len, row_lengths)
 
     def forward(
@@ -129,7 +133,8 @@ class GPT(nn.Module):
     def _raw_logits(self, hidden_BTC: Tensor) -> Tensor:
         """Logits before the cap, [B, T, V], in compute_dtype."""
         weight = self.tok_emb.weight if self.config.tie_embeddings else self.head.weight
-        return F.linear(hidden_BTC, weight.to(hidden_BTC.dtype))
+        raw_BTV = F.linear(hidden_BTC, weight.to(hidden_BTC.dtype))
+        return raw_BTV[..., : self.config.vocab_size] if self.config.padded_vocab else raw_BTV
 
     def _fused_loss(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
         raw_NV = self._raw_logits(self._normed(tokens_BT)).flatten(0, 1)
@@ -166,7 +171,8 @@ class GPT(nn.Module):
 
     def _build_unet(self, config: ModelConfig, attend: Attend) -> None:
         self.blocks = nn.ModuleList(Block(config, attend, i) for i in range(config.num_layers))
-        shape = (config.num_skips, config.model_dim)
+        skip_width = config.model_dim if config.skip_kind == "channel" else 1
+        shape = (config.num_skips, skip_width)
         if config.num_skips:
             self.skip_weights = nn.Parameter(torch.ones(shape))
             if config.gated_skips:
@@ -174,7 +180,7 @@ class GPT(nn.Module):
         # Skips that only recurrence has are tensors of their own: unused, they have no gradient.
         rows = range(config.num_recur_skips)
         if rows:
-            ones, zeros = torch.ones(config.model_dim), torch.zeros(config.model_dim)
+            ones, zeros = torch.ones(skip_width), torch.zeros(skip_width)
             self.recur_skip_weights = nn.ParameterList(ones.clone() for _ in rows)
             if config.gated_skips:
                 self.recur_skip_gates = nn.ParameterList(zeros.clone() for _ in rows)
@@ -194,6 +200,7 @@ class GPT(nn.Module):
         for layer in range(config.num_layers):
             block = self._block(layer)
             block.repeats = build_repeats(config, layer)
+            add_late_parts(block, config, layer)
             if config.attn_gate != "off" and block.attn is not None:
                 block.attn.gate = HeadGate(config)
 
@@ -215,7 +222,8 @@ class GPT(nn.Module):
     def _unet(self, x_BTC: Tensor, context: Context) -> Tensor:
         """The first half of the visits feeds the second half in reverse order."""
         order = self._orders[self.visits_now]
-        num_encoder = len(order) // 2
+        by_layer = self.config.recur_skips == "layers"
+        num_encoder = (self.config.num_layers if by_layer else len(order)) // 2
         num_skips = self.config.num_skips + self.config.num_recur_skips
         waiting: list[Tensor] = []
         left: dict[int, Tensor] = {}  # the stream after the last visit of each block
@@ -223,8 +231,10 @@ class GPT(nn.Module):
         second_BTC: Tensor | None = None
         for place, (layer, visit) in enumerate(order):
             block, here = self._block(layer), context.at_visit(place)
-            step = place - num_encoder
-            if 0 <= step < num_skips and waiting:
+            step = (layer if by_layer else place) - num_encoder
+            if by_layer and 0 <= step < num_skips:
+                x_BTC = self._join(x_BTC, waiting[num_encoder - 1 - step], step)
+            elif 0 <= step < num_skips and waiting:
                 x_BTC = self._join(x_BTC, waiting.pop(), step)
             if layer >= self._first_in_lanes:
                 second_BTC = x_BTC if second_BTC is None else second_BTC
@@ -280,6 +290,20 @@ class GPT(nn.Module):
         for index, visit in enumerate(self.visits):
             x_BTC = self.blocks[index % len(self.blocks)](visit, x_BTC, context)
         return x_BTC
+
+
+def add_late_parts(block: Block, config: ModelConfig, layer: int) -> None:
+    """What a block draws when all else has its initial weights, or starts otherwise."""
+    attn = block.attn
+    mlps = [module for module in block.modules() if isinstance(module, MLP)]
+    if attn is not None and config.projects_values(layer):
+        attn.value_proj = ValueProjection(config)
+    for mlp in mlps if config.mlp_kind == "swiglu" else ():
+        mlp.swish = Linear(config.model_dim, config.mlp_dim, init=config.matrix_init)
+    if config.out_init == "normal":
+        writing = [mlp.down for mlp in mlps] + ([attn.out] if attn is not None else [])
+        for matrix in writing:
+            nn.init.normal_(matrix.weight, std=config.model_dim**-0.5)
 
 
 def _at_least_fp32(x: Tensor) -> Tensor:
