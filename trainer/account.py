@@ -37,7 +37,7 @@ def parameter_table(model: ModelConfig) -> Table:
             table |= _under(f"visits.{index}", _visit(model))
     if not model.tie_embeddings:
         table["head.weight"] = (model.table_rows, width)
-    return table | _joining(model)
+    return table | _joining(model) | _next_token_block(model)
 
 
 def _block(model: ModelConfig, index: int) -> Table:
@@ -64,6 +64,26 @@ def _block(model: ModelConfig, index: int) -> Table:
     for repeat in range(model.recur_visits - 1) if model.recurs(index) else ():
         table |= _under(f"repeats.{repeat}", _repeat(model, index, mlp))
     return table
+
+
+def _next_token_block(model: ModelConfig) -> Table:
+    """The extra block of multi-token prediction."""
+    if not model.mtp_weight:
+        return {}
+    off = {
+        "num_layers": model.num_layers + 1,
+        "resid_mix": "none",
+        "value_residual": "off",
+        "value_embed_layers": "",
+        "value_proj_layers": "",
+        "xsa_last_n": 0,
+        "recur_visits": 1,
+        "parallel": "off",
+        "no_attention_layers": "",
+    }
+    merge: Table = {"merge.weight": (model.model_dim, 2 * model.model_dim)}
+    block = _under("block", _block(model.model_copy(update=off), model.num_layers))
+    return _under("mtp", merge | block)
 
 
 def _repeat(model: ModelConfig, index: int, mlp: Table) -> Table:
@@ -193,17 +213,20 @@ def flops_per_token(model: ModelConfig, seq_len: int) -> float:
         for layer in range(model.num_layers)
         if model.attends(layer)
     )
+    num_keys += _mean_keys(None, seq_len) if model.mtp_weight else 0
     maps = 2 if model.diff_attention == "full" else 1
     attention = 12 * model.model_dim * num_keys * maps
     return float(6 * _product_weights(model) + attention)
 
 
 def _visits(model: ModelConfig, layer: int) -> int:
-    return model.num_loops * (model.recur_visits if model.recurs(layer) else 1)
+    visits = model.recur_visits if model.recurs(layer) else 1
+    return model.num_loops * model.num_passes * visits
 
 
 def _product_weights(model: ModelConfig) -> int:
-    weights = model.table_rows * model.model_dim  # the head, tied or not
+    # The head, tied or not; the extra block goes through it, too.
+    weights = model.table_rows * model.model_dim * (2 if model.mtp_weight else 1)
     for name, shape in parameter_table(model).items():
         if ".lora." in name or (".repeats." in name and name.endswith(".weight")):
             weights += math.prod(shape)
@@ -211,7 +234,7 @@ def _product_weights(model: ModelConfig) -> int:
             layer = int(name.split(".")[1])
             is_untied = ".mlp." in name and model.unties_mlp(layer)
             weights += math.prod(shape) * (1 if is_untied else _visits(model, layer))
-        elif name.endswith("proj.weight"):
+        elif name.endswith("proj.weight") or name.startswith("mtp."):
             weights += math.prod(shape)
     return weights
 

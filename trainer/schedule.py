@@ -45,6 +45,12 @@ def cycle_at(config: ScheduleConfig, progress: float) -> tuple[float, float] | N
     return begin, min(1.0, max(0.0, (progress - begin) / config.cycle_share))
 
 
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """What a step of a rank draws dropout and stochastic depth from, so that a resumed run draws
+    the same again."""
+    return ((seed * 1_000_003 + step) * 65_537 + rank) % 2**63
+
+
 def decay_multiplier(config: ScheduleConfig, progress: float) -> float:
     """Factor on every weight decay at a share of the budget (slowrun, its decay sawtooth)."""
     span, cycle = parse_span(config.cycle_decay), cycle_at(config, progress)

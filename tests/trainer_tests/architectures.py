@@ -129,6 +129,10 @@ SWITCHES: dict[str, dict[str, Any]] = {
         "recur_last": 4,
         "recur_skips": "layers",
     },
+    "passes": {"num_passes": 2, "num_layers": 4},
+    "passes_all": {"num_passes": 3, "num_layers": 2, "passes_gradient": "all"},
+    "half_rope": {"half_rope": True},
+    "key_offset": {"half_rope": True, "key_offset_layers": "1,4"},
     "slowrun": {
         "num_layers": 6,
         "num_kv_heads": 4,

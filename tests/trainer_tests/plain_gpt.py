@@ -53,7 +53,12 @@ def _row_logits(config: ModelConfig, w: Weights, tokens: list[int]) -> Tensor:
         value_embed = looked_up @ w["value_embed.proj.weight"].T * w["value_embed.scale"]
     row = Row(x, value_embed)
     run = _unet if config.num_loops == 1 else _loops
-    x = run(config, w, x, row)
+    if config.num_passes == 1:
+        x = run(config, w, x, row)
+    else:
+        for place in range(config.num_passes):
+            is_cut = config.passes_gradient == "last" and place
+            x = _rms(run(config, w, x.detach() if is_cut else x, Row(row.x0, value_embed)))
     head = w["tok_emb.weight"] if config.tie_embeddings else w["head.weight"]
     head = head[: config.vocab_size]
     return config.logit_softcap * torch.tanh(_rms(x) @ head.T / config.logit_softcap)
@@ -340,6 +345,11 @@ def _maps(
     gain = w.get(a + "q_gain", [1.0] * config.num_heads)
     q = [gain[i] * _rotary(config, _rms(head)) for i, head in enumerate(q)]
     k = [_rotary(config, _rms(head)) for head in k]
+    if config.key_offset_layers and str(layer) in config.key_offset_layers.split(","):
+        half = config.head_dim // 2
+        for head in k:
+            late = head[:, half:].clone()
+            head[1:, half:] = late[:-1]
     return _attend(config, layer, q, k, v)
 
 
@@ -383,6 +393,9 @@ def _rotary(config: ModelConfig, x: Tensor) -> Tensor:
         base *= (len(x) / config.rope_ntk_len) ** (turned_dims / (turned_dims - 2))
     pairs = torch.complex(x[:, :half], x[:, half:turned_dims])
     frequency = base ** (-2 * torch.arange(half, dtype=x.dtype) / turned_dims)
+    if config.half_rope:
+        frequency = base ** (-4 * torch.arange(half, dtype=x.dtype) / turned_dims)
+        frequency[half // 2 :] = 0
     angle = torch.arange(len(x), dtype=x.dtype)[:, None] * frequency
     turned = pairs * torch.exp(-1j * angle)
     return torch.cat((turned.real, turned.imag, x[:, turned_dims:]), -1)

@@ -65,6 +65,27 @@ class ModelConfig(Settings):
     """The gain of qk_gain_init, or none."""
     skip_kind: Literal["channel", "scalar"] = "channel"
     """A skip's learned weight, and its gate: per channel, or one number."""
+    attn_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of what attention adds that training zeroes, at random; the rest grows; 0 = off."""
+    mlp_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """The same of what the MLP adds."""
+    stoch_depth: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Chance that a training pass leaves out the last block for a whole micro-batch; that of block
+    i of L is i / (L - 1) of it. Nothing is rescaled. 0 = off."""
+    mtp_weight: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the loss of the token after the next, predicted by one more block that training
+    alone runs (DeepSeek-V3); 0 = off. Its weights stay in the model."""
+    num_passes: PositiveInt = 1
+    """Times that the whole network is run, in all, each pass normalised and fed with the one
+    before; 1 = off. schedule.recur_start puts it off in training."""
+    passes_gradient: Literal["last", "all"] = "last"
+    """Passes that carry a gradient."""
+    half_rope: bool = False
+    """Only the faster half of the rotary frequencies turn, at base rope_base over half a head; the
+    others carry no position."""
+    key_offset_layers: str = ""
+    """Layers whose keys have their second half from the token before, as in
+    trainer/layer_pattern.py; "" = none."""
     value_proj_layers: str = ""
     """Layers whose values a projection of the normalised embedding joins, 2 sigmoid(w_g n[:W])
     times it, from 1 (slowrun: "odd"), as in trainer/layer_pattern.py; "" = none."""
@@ -235,7 +256,12 @@ class ModelConfig(Settings):
                 select_layers(pattern, self.num_layers)
             except ValueError as error:
                 faults.append(f"model.{owner}_layers = {pattern!r}: {error}")
-        for name in ("recur_untied_mlp", "no_attention_layers", "value_proj_layers"):
+        for name in (
+            "recur_untied_mlp",
+            "no_attention_layers",
+            "value_proj_layers",
+            "key_offset_layers",
+        ):
             try:
                 select_layers(getattr(self, name), self.num_layers)
             except ValueError as error:
@@ -310,6 +336,11 @@ class ModelConfig(Settings):
             "qk_gain": (self.qk_gain, "learned"),
             "value_proj_layers": (self.value_proj_layers, ""),
             "xsa_strength": (self.xsa_strength, "full"),
+            "attn_dropout": (self.attn_dropout, 0.0),
+            "mlp_dropout": (self.mlp_dropout, 0.0),
+            "stoch_depth": (self.stoch_depth, 0.0),
+            "mtp_weight": (self.mtp_weight, 0.0),
+            "num_passes": (self.num_passes, 1),
             "no_attention_layers": (self.no_attention_layers, ""),
         }
         return [
@@ -390,6 +421,27 @@ class ModelConfig(Settings):
                 f'"{self.diff_attention}"; set one of them back'
             )
         is_early = self.recur_visits > 1 and self.recur_first < self.num_layers // 2
+        if self.num_passes > 1 and self.recur_visits > 1:
+            faults.append(
+                f"model.num_passes = {self.num_passes} and model.recur_visits = "
+                f"{self.recur_visits} would both follow schedule.recur_start; set one to 1"
+            )
+        if self.stoch_depth and (self.parallel == "lanes" or self.num_layers == 1):
+            faults.append(
+                f"model.stoch_depth = {self.stoch_depth:g} needs two blocks of one stream; set 0, "
+                'or raise model.num_layers and set model.parallel = "off"'
+            )
+        if self.half_rope and (self.rotary_width % 4 or self.rope_dims or self.rope_ntk_len):
+            faults.append(
+                "model.half_rope = true needs heads of a multiple of 4 dimensions, model.rope_dims "
+                "= 0 and model.rope_ntk_len = 0; change them, or set false"
+            )
+        if self.key_offset_layers and (self.document_attention or self.diff_attention != "off"):
+            faults.append(
+                f"model.key_offset_layers = {self.key_offset_layers!r} moves keys across the "
+                "start of a document and knows one map: set model.document_attention = false and "
+                'model.diff_attention = "off"'
+            )
         if self.recur_skips == "layers" and is_early:
             faults.append(
                 f'model.recur_skips = "layers" needs blocks of the second half, but '
@@ -519,6 +571,20 @@ class ModelConfig(Settings):
     def excludes(self, layer: int) -> bool:
         """Whether a layer's attention output loses its part along the token's own value."""
         return layer >= self.num_layers - self.xsa_last_n
+
+    def offsets_keys(self, layer: int) -> bool:
+        """Whether a layer's keys have their second half from the token before."""
+        return layer in self._layers("key_offset_layers")
+
+    @property
+    def is_noisy(self) -> bool:
+        """Whether a training pass draws random numbers."""
+        return bool(self.attn_dropout or self.mlp_dropout or self.stoch_depth)
+
+    @property
+    def most_visits(self) -> int:
+        """What schedule.recur_start switches on: visits of the recurring blocks, or passes."""
+        return max(self.recur_visits, self.num_passes)
 
     def is_parallel(self, layer: int) -> bool:
         """Whether attention and MLP of a block stand side by side."""

@@ -215,16 +215,43 @@ def _numbers(part: str, mark: str, form: str) -> tuple[float, float]:
 class LossConfig(Settings):
     """What training minimises. Scores are always the plain cross-entropy."""
 
-    kind: Literal["cross_entropy", "mile", "entropy", "entropy_published"] = "cross_entropy"
+    kind: Literal["cross_entropy", "mile", "entropy", "entropy_published", "ahead"] = (
+        "cross_entropy"
+    )
     """"mile": tokens predicted with certainty count less, (1 - exp(-entropy))^gamma. "entropy":
     uncertain tokens count more, weights of mean 1. "entropy_published": the same without that
-    normalisation, which inflates the loss and with it the step."""
+    normalisation, which inflates the loss and with it the step. "ahead": one head scored against
+    several of the next tokens (slowrun, its tiny track)."""
+    ahead_weights: str = "1,0.5,0.25"
+    """Weights of the next token, the one after it, and so on, under "ahead"."""
+    ahead_until: Annotated[float, Field(gt=0, le=1)] = 0.66
+    """Share of the budget after which only the next token counts: the others' weights fall
+    linearly to 0 one after another, the farthest first."""
     mile_gamma: Annotated[float, Field(ge=0)] = 0.75
     """Peak of MiLe's exponent, which follows the budget in a triangle from 0 to 0."""
     mile_clamp_min: Fraction = 0.2
     """Smallest weight of a token under MiLe."""
     mile_peak_frac: Fraction = 0.4
     """Share of the budget at which MiLe's exponent peaks."""
+
+    @model_validator(mode="after")
+    def _weights_parse(self) -> Self:
+        faults = []
+        try:
+            weights = self.ahead
+        except ValueError:
+            weights = ()
+        if not weights or weights[0] <= 0 or not all(0 <= w < float("inf") for w in weights):
+            faults.append(
+                f"loss.ahead_weights = {self.ahead_weights!r} are no weights, the first above 0; "
+                "write them as in 1,0.5,0.25"
+            )
+        return raise_together(self, faults)
+
+    @property
+    def ahead(self) -> tuple[float, ...]:
+        """ahead_weights as numbers."""
+        return tuple(float(part) for part in self.ahead_weights.split(","))
 
 
 class AverageConfig(Settings):

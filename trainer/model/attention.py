@@ -48,6 +48,8 @@ class Context(NamedTuple):
     documents: Documents | None = None
     """Where attention stays within documents."""
 
+    is_noisy: bool = False
+    """Whether this pass trains, so that dropout and stochastic depth draw."""
     all_adapters: tuple[VisitAdapters, ...] = ()
     """Of every visit of a block, where a forward pass was given any."""
     adapters: VisitAdapters | None = None
@@ -78,6 +80,7 @@ class SelfAttention(nn.Module):
             Linear(config.model_dim, width, init=config.matrix_init) for width in self._widths
         )
         self.out = Linear(config.model_dim, config.model_dim, init="zeros")
+        self._offsets_keys = config.offsets_keys(layer)
         self.q_gain: nn.Parameter | None = None
         if config.qk_gain == "learned":
             self.q_gain = nn.Parameter(torch.full((config.num_heads,), config.qk_gain_init))
@@ -161,7 +164,16 @@ class SelfAttention(nn.Module):
         if gain_H is not None:
             q_BTHD = q_BTHD * gain_H[:, None]
         k_BTGD = rotate(rms_norm(k_BTGD), cos_TF, sin_TF)
+        if self._offsets_keys:
+            k_BTGD = offset_keys(k_BTGD)
         return context.attend(self._attend, q_BTHD.to(dtype), k_BTGD.to(dtype), v_BTGD)
+
+
+def offset_keys(k_BTGD: Tensor) -> Tensor:
+    """Keys whose second half is that of the token before; the first token keeps its own. A query
+    finds what follows a match in one layer (modded-nanogpt; slowrun, its tiny track)."""
+    own, other = k_BTGD.chunk(2, dim=-1)
+    return torch.cat((own, torch.cat((other[:, :1], other[:, :-1]), dim=1)), dim=-1)
 
 
 def attend_of_layer(config: ModelConfig, attend: Attend, layer: int) -> Attend:

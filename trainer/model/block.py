@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.attention import Attend
@@ -53,6 +54,9 @@ class Block(nn.Module):
         self.repeats = nn.ModuleList()
         """Set by the model when all else has its initial weights."""
         self._norm = build_norm(layer, config.ln_scale)
+        self._attn_dropout, self._mlp_dropout = config.attn_dropout, config.mlp_dropout
+        self.drop_chance = config.stoch_depth * layer / max(1, config.num_layers - 1)
+        """That a training pass leaves the block out (Huang et al., arXiv:1603.09382)."""
         is_joint = config.parallel == "joint" and config.is_parallel(layer)
         self._run = self._side_by_side if is_joint else self._one_by_one
 
@@ -64,7 +68,13 @@ class Block(nn.Module):
         Args:
             repeat: what this visit has of its own; None for the first.
         """
-        return self._run(self._mixed(x_BTC, context), context, repeat)
+        x_BTC = self._mixed(x_BTC, context)
+        y_BTC, value_BTGD = self._run(x_BTC, context, repeat)
+        if self.drop_chance and context.is_noisy:
+            # Both ways are computed, so that there is one graph and nothing to wait for.
+            is_kept = torch.rand((), device=x_BTC.device) >= self.drop_chance
+            y_BTC = torch.where(is_kept, y_BTC, x_BTC)
+        return y_BTC, value_BTGD
 
     def in_lanes(
         self, first_BTC: Tensor, second_BTC: Tensor, context: Context
@@ -115,6 +125,7 @@ class Block(nn.Module):
             return 0.0, None
         lora = repeat.lora if repeat is not None else None
         out_BTC, value_BTGD = self.attn(self._norm(x_BTC), context, lora)
+        out_BTC = self._thinned(self._attn_dropout, out_BTC, context)
         return self._scaled(self.attn_scale, out_BTC), value_BTGD
 
     def _transformed(self, x_BTC: Tensor, context: Context, repeat: Repeat | None) -> Tensor:
@@ -126,7 +137,11 @@ class Block(nn.Module):
             out_BTC = self.mlp(h_BTC) if repeat is None else repeat.transform(self.mlp, h_BTC)
             if context.adapters is not None:
                 out_BTC = context.adapters.add("mlp", h_BTC, out_BTC)
+        out_BTC = self._thinned(self._mlp_dropout, out_BTC, context)
         return self._scaled(self.mlp_scale, out_BTC)
+
+    def _thinned(self, share: float, out_BTC: Tensor, context: Context) -> Tensor:
+        return F.dropout(out_BTC, share) if share and context.is_noisy else out_BTC
 
     def _scaled(self, scale_C: Tensor | None, out_BTC: Tensor) -> Tensor:
         dtype = out_BTC.dtype

@@ -29,6 +29,7 @@ from trainer.model.gate import HeadGate
 from trainer.model.lanes import LaneMerge
 from trainer.model.linear import Linear
 from trainer.model.mlp import MLP
+from trainer.model.mtp import NextTokenBlock
 from trainer.model.norm import rms_norm
 from trainer.model.recurrence import build_repeats
 from trainer.model.rotary import Rotary
@@ -65,7 +66,7 @@ class GPT(nn.Module):
         self.config = config
         self.compute_dtype = torch.float32
         self.objective: Objective | None = None
-        self.visits_now = config.recur_visits
+        self.visits_now = config.most_visits
         self.fuses_loss = False
         self.tok_emb = nn.Embedding(config.table_rows, config.model_dim)
         if config.tie_embeddings:
@@ -83,6 +84,12 @@ class GPT(nn.Module):
         self.value_embed = ValueTable(config) if config.value_embed_dim else None
         if config.num_loops == 1:
             self._add_gates_and_repeats(config)
+        self.mtp: NextTokenBlock | None = None
+        if config.mtp_weight:
+            self.mtp = NextTokenBlock(config, attend)
+            if config.attn_gate != "off" and self.mtp.block.attn is not None:
+                self.mtp.block.attn.gate = HeadGate(config)
+            add_late_parts(self.mtp.block, config, config.num_layers)
         if config.head_init_std:
             nn.init.normal_(self.head.weight, std=config.head_init_std)
         self.rotary = Rotary(config, max_seq_len, row_lengths)
@@ -104,14 +111,11 @@ class GPT(nn.Module):
                 an objective's weights on the tokens.
             adapters: what test-time training adds to this pass; None = the model as it is.
         """
-        if self.fuses_loss and reduction == "objective" and torch.is_grad_enabled():
-            return self._fused_loss(tokens_BT, targets_BT)
+        if reduction == "objective" and torch.is_grad_enabled():
+            return self._training_loss(tokens_BT, targets_BT)
         logits_BTV = self.logits(tokens_BT, adapters)
         if reduction == "objective":
-            if self.objective is not None:
-                objective: Tensor = self.objective(logits_BTV, targets_BT)
-                return objective
-            reduction = "mean"
+            return self._objective(logits_BTV, targets_BT)
         if targets_BT.dim() == 3:
             return nats_of(logits_BTV, targets_BT)
         loss = F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), reduction=reduction)
@@ -119,12 +123,15 @@ class GPT(nn.Module):
 
     def logits(self, tokens_BT: Tensor, adapters: Adapters | None = None) -> Tensor:
         """Logits of the next token, squashed to +-softcap, [B, T, V], fp32."""
-        cap = self.config.logit_softcap
         hidden_BTC = self._normed(tokens_BT, adapters)
-        raw_BTV = self._raw_logits(hidden_BTC)
         if adapters is not None:
-            return adapters.logits(hidden_BTC, raw_BTV, cap)
-        return cap * torch.tanh(_at_least_fp32(raw_BTV) / cap)
+            cap = self.config.logit_softcap
+            return adapters.logits(hidden_BTC, self._raw_logits(hidden_BTC), cap)
+        return self._capped_logits(hidden_BTC)
+
+    def _capped_logits(self, hidden_BTC: Tensor) -> Tensor:
+        cap = self.config.logit_softcap
+        return cap * torch.tanh(_at_least_fp32(self._raw_logits(hidden_BTC)) / cap)
 
     def _normed(self, tokens_BT: Tensor, adapters: Adapters | None = None) -> Tensor:
         """What the head multiplies, [B, T, C]."""
@@ -136,25 +143,61 @@ class GPT(nn.Module):
         raw_BTV = F.linear(hidden_BTC, weight.to(hidden_BTC.dtype))
         return raw_BTV[..., : self.config.vocab_size] if self.config.padded_vocab else raw_BTV
 
-    def _fused_loss(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        raw_NV = self._raw_logits(self._normed(tokens_BT)).flatten(0, 1)
+    def _training_loss(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        """What training minimises, with dropout, stochastic depth and the extra block's part."""
+        context = self._context(tokens_BT, is_noisy=True)
+        hidden_BTC = rms_norm(self._run_blocks(context.x0_BTC, context))
+        if self.fuses_loss:
+            loss = self._fused_loss(hidden_BTC, targets_BT)
+        else:
+            loss = self._objective(self._capped_logits(hidden_BTC), targets_BT)
+        if self.mtp is None:
+            return loss
+        next_BTC = rms_norm(self.tok_emb(targets_BT)).to(self.compute_dtype)
+        ahead_BTC = self.mtp(hidden_BTC, next_BTC, context)[:, :-1]
+        ahead_BT = targets_BT[:, 1:]
+        if self.fuses_loss:
+            ahead_loss = self._fused_loss(ahead_BTC, ahead_BT)
+        else:
+            ahead_loss = F.cross_entropy(
+                self._capped_logits(ahead_BTC).flatten(0, 1), ahead_BT.flatten()
+            )
+        return loss + self.config.mtp_weight * ahead_loss
+
+    def _objective(self, logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
+        if self.objective is None:
+            return F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten())
+        objective: Tensor = self.objective(logits_BTV, targets_BT)
+        return objective
+
+    def _fused_loss(self, hidden_BTC: Tensor, targets_BT: Tensor) -> Tensor:
+        raw_NV = self._raw_logits(hidden_BTC).flatten(0, 1)
         cap = self.config.logit_softcap
         return softcapped_cross_entropy(raw_NV, targets_BT.flatten(), cap).mean()
 
     def _hidden(self, tokens_BT: Tensor, adapters: Adapters | None = None) -> Tensor:
         """Residual stream before the final norm, [B, T, C], in compute_dtype. ConfigError when T is
         above max_seq_len."""
+        context = self._context(tokens_BT, adapters)
+        return self._run_blocks(context.x0_BTC, context)
+
+    def _context(
+        self, tokens_BT: Tensor, adapters: Adapters | None = None, is_noisy: bool = False
+    ) -> Context:
+        """What the blocks read; its x0_BTC is where the stream begins."""
         cos_TF, sin_TF = self.rotary(tokens_BT.size(1))
         x_BTC = self._embed(tokens_BT)
         value_embed_BTK = (
             None if self.value_embed is None else self.value_embed(tokens_BT, self.compute_dtype)
         )
         visits = () if adapters is None else adapters.by_visit()
-        context = Context(x_BTC, cos_TF, sin_TF, value_embed_BTK, all_adapters=visits)
+        context = Context(
+            x_BTC, cos_TF, sin_TF, value_embed_BTK, is_noisy=is_noisy, all_adapters=visits
+        )
         if self.config.document_attention:
             documents = Documents(tokens_BT, self.config.bos_id, self.config.max_doc_len)
             context = context._replace(documents=documents)
-        return self._run_blocks(x_BTC, context)
+        return context
 
     def _embed(self, tokens_BT: Tensor) -> Tensor:
         """The normalised embedding with what joins it, [B, T, C]."""
@@ -193,7 +236,7 @@ class GPT(nn.Module):
         self._first_in_lanes = (
             config.parallel_start if config.parallel == "lanes" else config.num_layers
         )
-        self._run_blocks = self._unet
+        self._run_blocks = self._unet if config.num_passes == 1 else self._passes
         self._join = self._interpolate if config.gated_skips else self._add
 
     def _add_gates_and_repeats(self, config: ModelConfig) -> None:
@@ -219,9 +262,19 @@ class GPT(nn.Module):
         finally:
             self.visits_now = full
 
+    def _passes(self, x_BTC: Tensor, context: Context) -> Tensor:
+        """The whole network several times over, x <- rms(net(x; x0)) (slowrun, its tiny track)."""
+        for number in range(self.visits_now):
+            if number and self.config.passes_gradient == "last":
+                x_BTC = x_BTC.detach()
+            is_cut = self.config.passes_gradient == "last" and number < self.visits_now - 1
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not is_cut):
+                x_BTC = rms_norm(self._unet(x_BTC, context))
+        return x_BTC
+
     def _unet(self, x_BTC: Tensor, context: Context) -> Tensor:
         """The first half of the visits feeds the second half in reverse order."""
-        order = self._orders[self.visits_now]
+        order = self._orders[self.visits_now if self.config.num_passes == 1 else 1]
         by_layer = self.config.recur_skips == "layers"
         num_encoder = (self.config.num_layers if by_layer else len(order)) // 2
         num_skips = self.config.num_skips + self.config.num_recur_skips
