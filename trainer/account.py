@@ -219,14 +219,18 @@ def flops_per_token(model: ModelConfig, seq_len: int) -> float:
     return float(6 * _product_weights(model) + attention)
 
 
-def _visits(model: ModelConfig, layer: int) -> int:
+def _visits(model: ModelConfig, layer: int) -> float:
     visits = model.recur_visits if model.recurs(layer) else 1
-    return model.num_loops * model.num_passes * visits
+    # Passes without a gradient cost their forward third.
+    passes: float = model.num_passes
+    if model.passes_gradient == "last":
+        passes = 1 + (passes - 1) / 3
+    return model.num_loops * passes * visits
 
 
-def _product_weights(model: ModelConfig) -> int:
+def _product_weights(model: ModelConfig) -> float:
     # The head, tied or not; the extra block goes through it, too.
-    weights = model.table_rows * model.model_dim * (2 if model.mtp_weight else 1)
+    weights: float = model.table_rows * model.model_dim * (2 if model.mtp_weight else 1)
     for name, shape in parameter_table(model).items():
         if ".lora." in name or (".repeats." in name and name.endswith(".weight")):
             weights += math.prod(shape)
