@@ -18,32 +18,33 @@ def parameter_table(model: ModelConfig) -> Table:
     width = model.model_dim
     table: Table = {}
     if model.num_skips:
-        table["skip_weights"] = (model.num_skips, width)
+        skip_width = width if model.skip_kind == "channel" else 1
+        table["skip_weights"] = (model.num_skips, skip_width)
         if model.gated_skips:
-            table["skip_gates"] = (model.num_skips, width)
+            table["skip_gates"] = (model.num_skips, skip_width)
     if model.backout_layer >= 0:
         table["backout"] = (1,)
-    table["tok_emb.weight"] = (model.vocab_size, width)
+    table["tok_emb.weight"] = (model.table_rows, width)
     for index in range(model.num_layers):
         table |= _under(f"blocks.{index}", _block(model, index))
     for kind in ("weights", "gates") if model.gated_skips else ("weights",):
         for index in range(model.num_recur_skips):
-            table[f"recur_skip_{kind}.{index}"] = (width,)
+            table[f"recur_skip_{kind}.{index}"] = (skip_width,)
     if model.parallel == "lanes" and model.parallel_merge == "learned":
         table["lane_merge.share"] = (1,)
     if model.num_loops > 1:
         for index in range(model.num_loops * model.num_layers):
             table |= _under(f"visits.{index}", _visit(model))
     if not model.tie_embeddings:
-        table["head.weight"] = (model.vocab_size, width)
-    return table | _joining(model)
+        table["head.weight"] = (model.table_rows, width)
+    return table | _joining(model) | _next_token_block(model)
 
 
 def _block(model: ModelConfig, index: int) -> Table:
     width = model.model_dim
     table: Table = {} if model.num_loops > 1 else _scales(model)
     if not model.attends(index):
-        del table["attn_scale"]
+        table.pop("attn_scale", None)
     if model.layer_scale:
         table["layer_scale"] = (width,)
     if model.resid_lambda_init:
@@ -54,6 +55,8 @@ def _block(model: ModelConfig, index: int) -> Table:
         "mlp.up.weight": (model.mlp_dim, width),
         "mlp.down.weight": (width, model.mlp_dim),
     }
+    if model.mlp_kind == "swiglu":
+        mlp["mlp.swish.weight"] = (model.mlp_dim, width)
     table |= mlp
     has_factors = model.is_parallel(index) or model.parallel_factors == "all"
     if model.parallel == "lanes" and has_factors:
@@ -61,6 +64,26 @@ def _block(model: ModelConfig, index: int) -> Table:
     for repeat in range(model.recur_visits - 1) if model.recurs(index) else ():
         table |= _under(f"repeats.{repeat}", _repeat(model, index, mlp))
     return table
+
+
+def _next_token_block(model: ModelConfig) -> Table:
+    """The extra block of multi-token prediction."""
+    if not model.mtp_weight:
+        return {}
+    off = {
+        "num_layers": model.num_layers + 1,
+        "resid_mix": "none",
+        "value_residual": "off",
+        "value_embed_layers": "",
+        "value_proj_layers": "",
+        "xsa_last_n": 0,
+        "recur_visits": 1,
+        "parallel": "off",
+        "no_attention_layers": "",
+    }
+    merge: Table = {"merge.weight": (model.model_dim, 2 * model.model_dim)}
+    block = _under("block", _block(model.model_copy(update=off), model.num_layers))
+    return _under("mtp", merge | block)
 
 
 def _repeat(model: ModelConfig, index: int, mlp: Table) -> Table:
@@ -76,11 +99,19 @@ def _repeat(model: ModelConfig, index: int, mlp: Table) -> Table:
 
 def _scales(model: ModelConfig) -> Table:
     width = model.model_dim
-    return {"attn_scale": (width,), "mlp_scale": (width,), "resid_mix": (2, width)}
+    table: Table = {}
+    if model.branch_scales == "channel":
+        table |= {"attn_scale": (width,), "mlp_scale": (width,)}
+    if model.resid_mix == "channel":
+        table["resid_mix"] = (2, width)
+    elif model.resid_mix == "scalar":
+        table |= {"keep_factor": (1,), "embed_factor": (1,)}
+    return table
 
 
 def _attention(model: ModelConfig, index: int) -> Table:
-    table: Table = {} if model.num_loops > 1 else {"q_gain": (model.num_heads,)}
+    has_gain = model.num_loops == 1 and model.qk_gain == "learned"
+    table: Table = {"q_gain": (model.num_heads,)} if has_gain else {}
     if model.diff_attention != "off":
         names = ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2")
         table |= dict.fromkeys(names, (model.head_dim // 2,))
@@ -92,6 +123,12 @@ def _attention(model: ModelConfig, index: int) -> Table:
         table["value_residual.factors"] = (2,)
     if model.embeds_values(index):
         table["value_embed.scale"] = (1,)
+    if model.excludes(index) and model.xsa_strength == "learned":
+        table["xsa.strength"] = (model.num_heads,)
+    if model.projects_values(index):
+        kv_width = model.num_kv_heads * model.head_dim
+        table["value_proj.proj.weight"] = (kv_width, model.model_dim)
+        table["value_proj.gate.weight"] = (model.num_kv_heads, model.value_proj_gate_dim)
     if model.attn_gate != "off":
         is_narrow = model.attn_gate in ("window", "sparse")
         num_in = model.attn_gate_dim if is_narrow else model.model_dim
@@ -176,17 +213,24 @@ def flops_per_token(model: ModelConfig, seq_len: int) -> float:
         for layer in range(model.num_layers)
         if model.attends(layer)
     )
+    num_keys += _mean_keys(None, seq_len) if model.mtp_weight else 0
     maps = 2 if model.diff_attention == "full" else 1
     attention = 12 * model.model_dim * num_keys * maps
     return float(6 * _product_weights(model) + attention)
 
 
-def _visits(model: ModelConfig, layer: int) -> int:
-    return model.num_loops * (model.recur_visits if model.recurs(layer) else 1)
+def _visits(model: ModelConfig, layer: int) -> float:
+    visits = model.recur_visits if model.recurs(layer) else 1
+    # Passes without a gradient cost their forward third.
+    passes: float = model.num_passes
+    if model.passes_gradient == "last":
+        passes = 1 + (passes - 1) / 3
+    return model.num_loops * passes * visits
 
 
-def _product_weights(model: ModelConfig) -> int:
-    weights = model.vocab_size * model.model_dim  # the head, tied or not
+def _product_weights(model: ModelConfig) -> float:
+    # The head, tied or not; the extra block goes through it, too.
+    weights: float = model.table_rows * model.model_dim * (2 if model.mtp_weight else 1)
     for name, shape in parameter_table(model).items():
         if ".lora." in name or (".repeats." in name and name.endswith(".weight")):
             weights += math.prod(shape)
@@ -194,7 +238,7 @@ def _product_weights(model: ModelConfig) -> int:
             layer = int(name.split(".")[1])
             is_untied = ".mlp." in name and model.unties_mlp(layer)
             weights += math.prod(shape) * (1 if is_untied else _visits(model, layer))
-        elif name.endswith("proj.weight"):
+        elif name.endswith("proj.weight") or name.startswith("mtp."):
             weights += math.prod(shape)
     return weights
 

@@ -31,7 +31,13 @@ from trainer.pacer import StepPacer
 from trainer.quantize.aware import QuantizationAware
 from trainer.quantize.qat_lite import QatLite
 from trainer.report import NullReporter, Reporter, TrainResult
-from trainer.schedule import extra_weight_decay, lr_multiplier, muon_momentum
+from trainer.schedule import (
+    decay_multiplier,
+    extra_weight_decay,
+    lr_multiplier,
+    muon_momentum,
+    step_seed,
+)
 from trainer.workspace import Workspace, count, device_name, load_weights
 
 
@@ -181,6 +187,8 @@ class Run:
         """One optimiser step; returns the mean training loss over all workers, on the device."""
         if self.work.model.objective is not None:
             self.work.model.objective.set_progress(progress)
+        if self.config.model.is_noisy:
+            torch.manual_seed(step_seed(self.config.runtime.seed, step, self.work.group.rank))
         micro_batches = self.work.loader.next_step(progress)
         visits = visits_at(self.config.recur_phases, progress)
         total = torch.zeros((), device=self.work.group.device)
@@ -198,6 +206,7 @@ class Run:
             lr_mult,
             muon_momentum(optim, step, progress),
             extra_weight_decay(optim, lr_mult, progress),
+            decay_multiplier(self.config.schedule, progress),
         )
         self.qat_lite.pull(step, progress)
         self.optimizer.zero_grad()

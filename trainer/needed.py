@@ -26,6 +26,7 @@ OPTIONAL: dict[str, Callable[[TrainConfig], bool]] = {
     "trainer.kernels.mlp": lambda run: run.runtime.mlp_kernel != "compiled",
     "trainer.model.adapters": lambda run: run.evaluate.ttt == "documents",
     "trainer.model.differential": lambda run: run.model.diff_attention != "off",
+    "trainer.model.mtp": lambda run: run.model.mtp_weight > 0,
     "trainer.model.shared": lambda run: run.model.num_loops > 1,
     "trainer.optim.sharded_muon": lambda run: run.optim.muon_comm == "reduce_scatter",
     "trainer.quantize.awq": lambda run: run.quantize.awq_groups > 0,

@@ -96,6 +96,7 @@ def test_compiles_as_one_graph_with_the_same_numbers(name: str) -> None:
 def test_a_switch_leaves_the_other_initial_weights_alone(name: str) -> None:
     """So that trials of a sweep with one seed differ in what is swept and in nothing else."""
     shapes = {"num_layers", "num_kv_heads", "tie_embeddings", "no_attention_layers"}
+    shapes |= {"padded_vocab"}
     off = {key: value for key, value in SWITCHES[name].items() if key in shapes}
     starts = []
     for config in (ModelConfig(**(BASE | off)), config_of(name)):

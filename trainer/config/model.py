@@ -38,8 +38,59 @@ class ModelConfig(Settings):
     """Logits are squashed to +-softcap by softcap * tanh(logits / softcap)."""
     leaky_slope: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Slope of the MLP's activation below 0, before squaring; 0 = squared ReLU."""
-    matrix_init: Literal["uniform", "orthogonal"] = "uniform"
-    """Initial q, k, v and up matrices: PyTorch's default for linear layers, or orthogonal."""
+    mlp_kind: Literal["squared", "swiglu"] = "squared"
+    """"squared": down(relu(up x)^2), or its leaky form. "swiglu": down(silu(swish x) * up x), a
+    third matrix."""
+    matrix_init: Literal["uniform", "orthogonal", "unit"] = "uniform"
+    """Initial q, k, v and up matrices: PyTorch's default for linear layers; orthogonal; or uniform
+    with standard deviation 1 / sqrt(inputs)."""
+    out_init: Literal["zeros", "normal"] = "zeros"
+    """Initial matrices that write to the residual stream; "normal" has standard deviation 1 /
+    sqrt(model_dim)."""
+    head_init_std: Annotated[float, Field(ge=0)] = 0.0
+    """Standard deviation of an untied head's initial weights; 0 = zeros."""
+    padded_vocab: Annotated[int, Field(ge=0)] = 0
+    """Rows of embedding and head where a multiple of 64 is faster than vocab_size; the logits of
+    those beyond are dropped. 0 = vocab_size."""
+    resid_mix: Literal["channel", "scalar", "none"] = "channel"
+    """Learned factors on stream and embedding before each block: one per channel, one each
+    (slowrun), or none."""
+    resid_keep_init: PositiveFloat = 1.0
+    """Initial factor on the stream of resid_mix = "scalar"."""
+    embed_mix_init: float = 0.1
+    """Initial factor on the embedding of resid_mix = "scalar"."""
+    branch_scales: Literal["channel", "none"] = "channel"
+    """Learned scales per channel on what attention and MLP add, or none."""
+    qk_gain: Literal["learned", "off"] = "learned"
+    """The gain of qk_gain_init, or none."""
+    skip_kind: Literal["channel", "scalar"] = "channel"
+    """A skip's learned weight, and its gate: per channel, or one number."""
+    attn_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of what attention adds that training zeroes, at random; the rest grows; 0 = off."""
+    mlp_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """The same of what the MLP adds."""
+    stoch_depth: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Chance that a training pass leaves out the last block for a whole micro-batch; that of block
+    i of L is i / (L - 1) of it. Nothing is rescaled. 0 = off."""
+    mtp_weight: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the loss of the token after the next, predicted by one more block that training
+    alone runs (DeepSeek-V3); 0 = off. Its weights stay in the model."""
+    num_passes: PositiveInt = 1
+    """Times that the whole network is run, in all, each pass normalised and fed with the one
+    before; 1 = off. schedule.recur_start puts it off in training."""
+    passes_gradient: Literal["last", "all"] = "last"
+    """Passes that carry a gradient."""
+    half_rope: bool = False
+    """Only the faster half of the rotary frequencies turn, at base rope_base over half a head; the
+    others carry no position."""
+    key_offset_layers: str = ""
+    """Layers whose keys have their second half from the token before, as in
+    trainer/layer_pattern.py; "" = none."""
+    value_proj_layers: str = ""
+    """Layers whose values a projection of the normalised embedding joins, 2 sigmoid(w_g n[:W])
+    times it, from 1 (slowrun: "odd"), as in trainer/layer_pattern.py; "" = none."""
+    value_proj_gate_dim: PositiveInt = 32
+    """W, the leading channels that its gate reads."""
     layer_scale_init: PositiveFloat = 1.0
     """Initial per-channel scale of what attention and MLP add to the residual stream."""
     ln_scale: bool = False
@@ -83,6 +134,8 @@ class ModelConfig(Settings):
     none."""
     xsa_last_n: Annotated[int, Field(ge=0)] = 0
     """Last layers whose attention output loses its part along the token's own value; 0 = off."""
+    xsa_strength: Literal["full", "learned"] = "full"
+    """How much of that part: all, or tanh of a learned number per head, from 0."""
     rope_dims: Annotated[int, Field(ge=0)] = 0
     """Leading dimensions of a head that rotate; 0 = all."""
     rope_ntk_len: Annotated[int, Field(ge=0)] = 0
@@ -109,9 +162,10 @@ class ModelConfig(Settings):
     """First block that recurs, from 0."""
     recur_last: Annotated[int, Field(ge=0)] = 5
     """Last block that recurs."""
-    recur_skips: Literal["all", "plain"] = "all"
-    """Skips with recurrence: one for every output of the longer first half, or as many as without
-    recurrence, so that the rest is dropped (#1894)."""
+    recur_skips: Literal["all", "plain", "layers"] = "all"
+    """Skips with recurrence: one for every output of the longer first half; as many as without
+    recurrence, so that the rest is dropped (#1894); or "layers", in which each visit of a block of
+    the second half takes the skip of that block again (slowrun)."""
     recur_blend: Literal["off", "alpha", "ab"] = "off"
     """What a repeat visit makes of its input x, its output y and the output z of the visit of the
     same block before: "alpha", x + alpha (y - x); "ab", a y + b z; learned for each repeat."""
@@ -183,6 +237,7 @@ class ModelConfig(Settings):
             )
         faults += self._faults_of_layers() + self._faults_of_techniques() + self._faults_of_loops()
         faults += self._faults_of_recurrence() + self._faults_of_parallel()
+        faults += self._faults_of_slowrun_parts()
         return raise_together(self, faults)
 
     def _faults_of_layers(self) -> list[str]:
@@ -201,7 +256,12 @@ class ModelConfig(Settings):
                 select_layers(pattern, self.num_layers)
             except ValueError as error:
                 faults.append(f"model.{owner}_layers = {pattern!r}: {error}")
-        for name in ("recur_untied_mlp", "no_attention_layers"):
+        for name in (
+            "recur_untied_mlp",
+            "no_attention_layers",
+            "value_proj_layers",
+            "key_offset_layers",
+        ):
             try:
                 select_layers(getattr(self, name), self.num_layers)
             except ValueError as error:
@@ -269,6 +329,18 @@ class ModelConfig(Settings):
             "parallel": (self.parallel, "off"),
             "layer_scale": (self.layer_scale, False),
             "attn_gate": (self.attn_gate, "off"),
+            "mlp_kind": (self.mlp_kind, "squared"),
+            "out_init": (self.out_init, "zeros"),
+            "resid_mix": (self.resid_mix, "channel"),
+            "branch_scales": (self.branch_scales, "channel"),
+            "qk_gain": (self.qk_gain, "learned"),
+            "value_proj_layers": (self.value_proj_layers, ""),
+            "xsa_strength": (self.xsa_strength, "full"),
+            "attn_dropout": (self.attn_dropout, 0.0),
+            "mlp_dropout": (self.mlp_dropout, 0.0),
+            "stoch_depth": (self.stoch_depth, 0.0),
+            "mtp_weight": (self.mtp_weight, 0.0),
+            "num_passes": (self.num_passes, 1),
             "no_attention_layers": (self.no_attention_layers, ""),
         }
         return [
@@ -304,6 +376,78 @@ class ModelConfig(Settings):
             f"not recur; choose from {self.recur_first} to {self.recur_last}"
             for layer in sorted(strange)
         ]
+
+    def _faults_of_slowrun_parts(self) -> list[str]:
+        faults = []
+        if self.padded_vocab and self.padded_vocab < self.vocab_size:
+            faults.append(
+                f"model.padded_vocab = {self.padded_vocab} is below model.vocab_size = "
+                f"{self.vocab_size}; raise it, or set 0"
+            )
+        if self.head_init_std and self.tie_embeddings:
+            faults.append(
+                f"model.head_init_std = {self.head_init_std:g} is about a head of its own; set "
+                "model.tie_embeddings = false, or 0"
+            )
+        if self.value_proj_layers and self.value_proj_gate_dim > self.model_dim:
+            faults.append(
+                f"model.value_proj_gate_dim = {self.value_proj_gate_dim} is above model.model_dim "
+                f"= {self.model_dim}; lower it"
+            )
+        if self.xsa_strength == "learned" and not self.xsa_last_n:
+            faults.append(
+                'model.xsa_strength = "learned" has no layer while model.xsa_last_n = 0; raise it, '
+                'or set model.xsa_strength = "full"'
+            )
+        if self.mlp_kind == "swiglu" and self.leaky_slope:
+            faults.append(
+                f'model.leaky_slope = {self.leaky_slope:g} bends no model.mlp_kind = "swiglu"; set '
+                "0"
+            )
+        if self.mlp_kind == "swiglu" and self.recur_lora_rank:
+            faults.append(
+                f"model.recur_lora_rank = {self.recur_lora_rank} has no adapter for the third "
+                'matrix of model.mlp_kind = "swiglu"; set 0'
+            )
+        if self.branch_scales == "none" and (self.layer_scale or self.layer_scale_init != 1):
+            faults.append(
+                'model.branch_scales = "none" leaves nothing for model.layer_scale = '
+                f"{self.layer_scale} and model.layer_scale_init = {self.layer_scale_init:g}; set "
+                "false and 1"
+            )
+        if self.qk_gain == "off" and self.diff_attention != "off":
+            faults.append(
+                f'model.qk_gain = "off" is not defined for model.diff_attention = '
+                f'"{self.diff_attention}"; set one of them back'
+            )
+        is_early = self.recur_visits > 1 and self.recur_first < self.num_layers // 2
+        if self.num_passes > 1 and self.recur_visits > 1:
+            faults.append(
+                f"model.num_passes = {self.num_passes} and model.recur_visits = "
+                f"{self.recur_visits} would both follow schedule.recur_start; set one to 1"
+            )
+        if self.stoch_depth and (self.parallel == "lanes" or self.num_layers == 1):
+            faults.append(
+                f"model.stoch_depth = {self.stoch_depth:g} needs two blocks of one stream; set 0, "
+                'or raise model.num_layers and set model.parallel = "off"'
+            )
+        if self.half_rope and (self.rotary_width % 4 or self.rope_dims or self.rope_ntk_len):
+            faults.append(
+                "model.half_rope = true needs heads of a multiple of 4 dimensions, model.rope_dims "
+                "= 0 and model.rope_ntk_len = 0; change them, or set false"
+            )
+        if self.key_offset_layers and (self.document_attention or self.diff_attention != "off"):
+            faults.append(
+                f"model.key_offset_layers = {self.key_offset_layers!r} moves keys across the "
+                "start of a document and knows one map: set model.document_attention = false and "
+                'model.diff_attention = "off"'
+            )
+        if self.recur_skips == "layers" and is_early:
+            faults.append(
+                f'model.recur_skips = "layers" needs blocks of the second half, but '
+                f"model.recur_first = {self.recur_first}; raise it to {self.num_layers // 2}"
+            )
+        return faults
 
     def _faults_of_parallel(self) -> list[str]:
         faults = []
@@ -387,6 +531,11 @@ class ModelConfig(Settings):
         return self.rope_dims or self.rotary_width
 
     @property
+    def table_rows(self) -> int:
+        """Rows of the embedding and of an untied head."""
+        return self.padded_vocab or self.vocab_size
+
+    @property
     def num_skips(self) -> int:
         """Skips from the first half of the blocks to the second, without recurrence."""
         return self.num_layers // 2 if self.num_loops == 1 else 0
@@ -394,7 +543,7 @@ class ModelConfig(Settings):
     @property
     def num_recur_skips(self) -> int:
         """Skips that only recurrence has."""
-        if self.recur_skips == "plain" or self.num_loops > 1:
+        if self.recur_skips != "all" or self.num_loops > 1:
             return 0
         range_and_visits = (self.recur_first, self.recur_last, self.recur_visits)
         return count_skips(self.num_layers, *range_and_visits) - self.num_skips
@@ -414,6 +563,28 @@ class ModelConfig(Settings):
     def attends(self, layer: int) -> bool:
         """Whether a block has attention."""
         return layer not in self._layers("no_attention_layers")
+
+    def projects_values(self, layer: int) -> bool:
+        """Whether a projection of the embedding joins this layer's values."""
+        return self.attends(layer) and layer in self._layers("value_proj_layers")
+
+    def excludes(self, layer: int) -> bool:
+        """Whether a layer's attention output loses its part along the token's own value."""
+        return layer >= self.num_layers - self.xsa_last_n
+
+    def offsets_keys(self, layer: int) -> bool:
+        """Whether a layer's keys have their second half from the token before."""
+        return layer in self._layers("key_offset_layers")
+
+    @property
+    def is_noisy(self) -> bool:
+        """Whether a training pass draws random numbers."""
+        return bool(self.attn_dropout or self.mlp_dropout or self.stoch_depth)
+
+    @property
+    def most_visits(self) -> int:
+        """What schedule.recur_start switches on: visits of the recurring blocks, or passes."""
+        return max(self.recur_visits, self.num_passes)
 
     def is_parallel(self, layer: int) -> bool:
         """Whether attention and MLP of a block stand side by side."""

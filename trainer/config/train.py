@@ -92,7 +92,7 @@ class TrainConfig(Settings):
 
     def _recurrence_faults(self) -> list[str]:
         start, text = self.schedule.recur_start, self.schedule.recur_phases
-        visits = self.model.recur_visits
+        visits = self.model.most_visits
         if visits == 1 and (start or text):
             return [
                 f"schedule.recur_start = {start:g} and schedule.recur_phases = {text!r} begin a "
@@ -120,7 +120,7 @@ class TrainConfig(Settings):
         """Visits of the recurring blocks along the training, from 0 on, at least one phase."""
         if self.schedule.recur_phases:
             return parse_phases(self.schedule.recur_phases)
-        last = Phase(self.schedule.recur_start, self.model.recur_visits)
+        last = Phase(self.schedule.recur_start, self.model.most_visits)
         return (Phase(0.0, 1), last) if last.start > 0 else (last,)
 
     def _kernel_faults(self) -> list[str]:
@@ -131,6 +131,11 @@ class TrainConfig(Settings):
                 f'runtime.mlp_kernel = "{mlp}" knows no adapters, which blocks visited '
                 f"model.num_loops = {self.model.num_loops} times have; set runtime.mlp_kernel = "
                 "compiled"
+            )
+        if mlp.startswith("fused") and self.model.mlp_kind != "squared":
+            faults.append(
+                f'runtime.mlp_kernel = "{mlp}" knows two matrices, but model.mlp_kind = '
+                f'"{self.model.mlp_kind}" has three; set runtime.mlp_kernel = compiled'
             )
         if loss == "fused" and self.loss.kind != "cross_entropy":
             faults.append(

@@ -25,7 +25,9 @@ from trainer.model.lora import adapt
 from trainer.model.norm import rms_norm
 from trainer.model.rotary import rotate
 from trainer.model.values import (
+    LearnedExclusion,
     ValueEmbedScale,
+    ValueProjection,
     build_value_residual,
     exclude_own_value,
     keep_output,
@@ -46,6 +48,8 @@ class Context(NamedTuple):
     documents: Documents | None = None
     """Where attention stays within documents."""
 
+    is_noisy: bool = False
+    """Whether this pass trains, so that dropout and stochastic depth draw."""
     all_adapters: tuple[VisitAdapters, ...] = ()
     """Of every visit of a block, where a forward pass was given any."""
     adapters: VisitAdapters | None = None
@@ -76,11 +80,18 @@ class SelfAttention(nn.Module):
             Linear(config.model_dim, width, init=config.matrix_init) for width in self._widths
         )
         self.out = Linear(config.model_dim, config.model_dim, init="zeros")
-        self.q_gain = nn.Parameter(torch.full((config.num_heads,), config.qk_gain_init))
+        self._offsets_keys = config.offsets_keys(layer)
+        self.q_gain: nn.Parameter | None = None
+        if config.qk_gain == "learned":
+            self.q_gain = nn.Parameter(torch.full((config.num_heads,), config.qk_gain_init))
         self.value_residual = build_value_residual(config, layer)
         self.value_embed = ValueEmbedScale() if config.embeds_values(layer) else None
-        is_exclusive = layer >= config.num_layers - config.xsa_last_n
-        self._exclude = exclude_own_value if is_exclusive else keep_output
+        self._exclude = exclude_own_value if config.excludes(layer) else keep_output
+        self.xsa: LearnedExclusion | None = None
+        if config.excludes(layer) and config.xsa_strength == "learned":
+            self.xsa, self._exclude = LearnedExclusion(config), keep_output
+        self.value_proj: ValueProjection | None = None
+        """Set by the model when all else has its initial weights."""
         self.gate: HeadGate | None = None
         """Set by the model when all else has its initial weights."""
 
@@ -94,8 +105,12 @@ class SelfAttention(nn.Module):
         """
         q_BTHD, k_BTGD, projected_BTGD = self._project(x_BTC, context, lora)
         v_BTGD = self._join_values(projected_BTGD, context)
+        if self.value_proj is not None:
+            v_BTGD = self.value_proj(v_BTGD, context.x0_BTC, x_BTC)
         out_BTHD = self._attended(q_BTHD, k_BTGD, v_BTGD, self.q_gain, context)
         out_BTHD = self._exclude(out_BTHD, v_BTGD)
+        if self.xsa is not None:
+            out_BTHD = self.xsa(out_BTHD, v_BTGD)
         if self.gate is not None:
             out_BTHD = self.gate(out_BTHD, x_BTC)
         heads_BTC = out_BTHD.flatten(2)
@@ -135,14 +150,30 @@ class SelfAttention(nn.Module):
         return v_BTGD
 
     def _attended(
-        self, q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, gain_H: Tensor, context: Context
+        self,
+        q_BTHD: Tensor,
+        k_BTGD: Tensor,
+        v_BTGD: Tensor,
+        gain_H: Tensor | None,
+        context: Context,
     ) -> Tensor:
         dtype = v_BTGD.dtype
         cos_TF, sin_TF = context.cos_TF, context.sin_TF
         # The tables and the gain are fp32, so this chain is, too; it rounds once at its end.
-        q_BTHD = rotate(rms_norm(q_BTHD), cos_TF, sin_TF) * gain_H[:, None]
+        q_BTHD = rotate(rms_norm(q_BTHD), cos_TF, sin_TF)
+        if gain_H is not None:
+            q_BTHD = q_BTHD * gain_H[:, None]
         k_BTGD = rotate(rms_norm(k_BTGD), cos_TF, sin_TF)
+        if self._offsets_keys:
+            k_BTGD = offset_keys(k_BTGD)
         return context.attend(self._attend, q_BTHD.to(dtype), k_BTGD.to(dtype), v_BTGD)
+
+
+def offset_keys(k_BTGD: Tensor) -> Tensor:
+    """Keys whose second half is that of the token before; the first token keeps its own. A query
+    finds what follows a match in one layer (modded-nanogpt; slowrun, its tiny track)."""
+    own, other = k_BTGD.chunk(2, dim=-1)
+    return torch.cat((own, torch.cat((other[:, :1], other[:, :-1]), dim=1)), dim=-1)
 
 
 def attend_of_layer(config: ModelConfig, attend: Attend, layer: int) -> Attend:

@@ -42,9 +42,15 @@ class DifferentialAttention(SelfAttention):
         )
 
     def _attended(
-        self, q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, gain_H: Tensor, context: Context
+        self,
+        q_BTHD: Tensor,
+        k_BTGD: Tensor,
+        v_BTGD: Tensor,
+        gain_H: Tensor | None,
+        context: Context,
     ) -> Tensor:
         dtype = v_BTGD.dtype
+        assert gain_H is not None
         q_BTHD = self._place(q_BTHD, context) * gain_H.repeat(2)[:, None]
         k_BTGD = self._place(k_BTGD, context)
         out_BTHD = self._maps(q_BTHD.to(dtype), k_BTGD.to(dtype), v_BTGD, context)

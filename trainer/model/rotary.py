@@ -32,6 +32,7 @@ class Rotary(nn.Module):
         super().__init__()
         self._base = config.rope_base
         self._rotated = config.rotated_dims
+        self._is_half = config.half_rope
         self._ntk_len = config.rope_ntk_len
         self._max_seq_len = max_seq_len
         self._keep("", *self._tables(max_seq_len, self._base))
@@ -62,7 +63,10 @@ class Rotary(nn.Module):
     def _tables(
         self, num_positions: int, base: float, device: torch.device | None = None
     ) -> tuple[Tensor, Tensor]:
-        return rotary_tables(num_positions, self._rotated, base, device)
+        if not self._is_half:
+            return rotary_tables(num_positions, self._rotated, base, device)
+        cos_TF, sin_TF = rotary_tables(num_positions, self._rotated // 2, base, device)
+        return torch.cat((cos_TF, cos_TF * 0 + 1), 1), torch.cat((sin_TF, sin_TF * 0), 1)
 
     def _keep(self, suffix: str, cos_TF: Tensor, sin_TF: Tensor) -> None:
         self.register_buffer(f"cos{suffix}", cos_TF, persistent=False)

@@ -38,6 +38,8 @@ def kept_rules(config: QuantizeConfig) -> tuple[StoreRule, ...]:
         StoreRule("*skip_weights", "float32"),
         StoreRule("*skip_gates", "float32"),
         StoreRule("*resid_lambdas", "float32"),
+        StoreRule("*_factor", "float32"),
+        StoreRule("*.xsa.strength", "float32"),
         StoreRule("*backout", "float32"),
         StoreRule("*recur_skip_*", "float32"),
         StoreRule("*blend_factors", "float32"),

@@ -9,6 +9,7 @@ from trainer.recipes.golf_baseline import golf_baseline
 from trainer.recipes.pr675 import pr675
 from trainer.recipes.pr1212 import pr1212
 from trainer.recipes.pr1894 import pr1894
+from trainer.recipes.slowrun_pr78 import slowrun_cpu, slowrun_gpu, slowrun_pr78
 from trainer.recipes.tiny import tiny
 
 
@@ -25,6 +26,22 @@ class Recipe:
     """Name of the track whose budgets it was made for."""
     build: Callable[[], TrainConfig]
 
+
+SLOWRUN = (
+    "SwiGLU",
+    "values from the embedding",
+    "scalar U-Net skips",
+    "attention gates",
+    "window attention",
+    "dropout",
+    "stochastic depth",
+    "multi-token prediction",
+    "recurrence",
+    "Polar Express",
+    "equal neurons",
+    "cautious decay",
+    "cycles at the end",
+)
 
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
@@ -131,6 +148,27 @@ RECIPES: dict[str, Recipe] = {
             ),
             "golf-10min-16mb",
             frontier,
+        ),
+        Recipe(
+            "slowrun_pr78",
+            "slowrun #78 without its interleaved heads (3.193 nats with them, on 8xH100)",
+            SLOWRUN,
+            "slowrun-2h",
+            slowrun_pr78,
+        ),
+        Recipe(
+            "slowrun_gpu",
+            "ours: slowrun_pr78 at a size one GPU trains in minutes",
+            SLOWRUN,
+            "slowrun-tiny",
+            slowrun_gpu,
+        ),
+        Recipe(
+            "slowrun_cpu",
+            "ours: slowrun_pr78 at a size a CPU trains in seconds",
+            SLOWRUN,
+            "laptop",
+            slowrun_cpu,
         ),
     )
 }

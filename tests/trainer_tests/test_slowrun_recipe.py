@@ -1,0 +1,111 @@
+"""The recipe of slowrun #78: its published numbers, and its copy for a CPU from step to score."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.trainer_tests.small_data import VOCAB_SIZE, write_folder
+from trainer.account import count_parameters, parameter_table
+from trainer.layer_pattern import select_layers
+from trainer.loop import train
+from trainer.optim.rules import assign, param_rules
+from trainer.recipes import RECIPES
+from trainer.recipes.slowrun_pr78 import PUBLISHED_STEPS
+from trainer.report import NullReporter
+from trainer.schedule import lr_multiplier, muon_momentum
+
+RUN = RECIPES["slowrun_pr78"].build()
+
+
+def test_sizes_are_the_published_ones() -> None:
+    """The reference's counts, less what mixes heads: 31 times 3 * 14 * 14 numbers where that is
+    fused, 31 times 3 * 14 * 14 * 2 + 14 * 2 where heads interleave."""
+    plain = count_parameters(RUN.model)
+    assert plain + 31 * 588 == 1_443_722_775
+    assert plain + 31 * (3 * 14 * 14 * 2 + 14 * 2) == 1_443_741_871
+    table = parameter_table(RUN.model)
+    of = {
+        prefix: sum(math.prod(s) for n, s in table.items() if n.startswith(prefix))
+        for prefix in ("head.", "tok_emb.", "mtp.")
+    }
+    assert of == {"head.": 90_144_768, "tok_emb.": 90_144_768, "mtp.": 45_417_204 - 588}
+    projections = [math.prod(s) for n, s in table.items() if "value_proj.proj" in n]
+    assert (len(projections), sum(projections)) == (15, 48_168_960)
+
+
+def test_the_optimiser_is_the_published_table() -> None:
+    shapes = parameter_table(RUN.model)
+    rules = assign(shapes, param_rules(RUN))
+    wanted = {
+        "head.weight": ("adam", 0.0005, 1.3, 0.0),
+        "tok_emb.weight": ("adam", 0.0375, 1.3, 0.0),
+        "blocks.4.keep_factor": ("adam", 0.00025, 0.0, 0.0),
+        "blocks.4.embed_factor": ("adam", 0.025, 0.0, 0.96),
+        "skip_weights": ("adam", 0.00025, 0.0, 0.0),
+    }
+    for name, want in wanted.items():
+        rule = rules[name]
+        assert (rule.optimizer, rule.lr, rule.weight_decay, rule.beta1) == want, name
+    muon = [name for name, rule in rules.items() if rule.optimizer == "muon"]
+    assert {(rules[name].lr, rules[name].weight_decay) for name in muon} == {(0.01, 1.3)}
+    counts: dict[tuple[int, ...], int] = {}
+    for name in muon:
+        counts[shapes[name]] = counts.get(shapes[name], 0) + 1
+    assert counts == {
+        (14, 12): 31,
+        (14, 32): 15,
+        (1792, 1792): 139,
+        (1792, 3584): 1,
+        (1792, 4864): 31,
+        (4864, 1792): 62,
+    }
+
+
+def test_schedules_are_those_of_twelve_epochs() -> None:
+    short = select_layers(RUN.model.window_layers, 30)
+    assert sorted(set(range(30)) - set(short)) == [3, 7, 11, 15, 19, 23, 27, 29]
+    assert list(RUN.recur_phases) == [(0.0, 1), (0.5, 3)]
+    order = [place.layer for place in RUN.model.visit_order(3)]
+    assert order == [*range(15), *(3 * [*range(15, 21)]), *range(21, 30)]
+    assert [muon_momentum(RUN.optim, step) for step in (0, 150, 300)] == pytest.approx(
+        [0.85, 0.90, 0.95]
+    )
+    for epoch, factor in ((1, 1.0), (10, 1.0), (11, 2 / 12 / 0.2), (12, 1 / 12 / 0.2)):
+        progress = (epoch - 1) / 12
+        got = lr_multiplier(RUN.schedule, round(progress * PUBLISHED_STEPS), progress)
+        assert got == pytest.approx(min(1.0, factor))
+    assert round(12 * 99_942_400 / 524_288) == RUN.budget.max_steps == PUBLISHED_STEPS
+
+
+def test_the_copy_for_a_cpu_trains_the_same_twice(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    tokens = generator.integers(4, 4 + 12, 9000).astype(np.uint16)
+    folder = write_folder(tmp_path / "data", tokens[:7000], tokens[7000:], tokens_per_shard=3000)
+    small = {
+        "model.vocab_size": VOCAB_SIZE,
+        "model.padded_vocab": 0,
+        "model.model_dim": 32,
+        "model.window": 8,
+        "data.dir": str(folder),
+        "data.seq_len": 32,
+        "data.batch_tokens": 512,
+        "data.micro_batch_tokens": 256,
+        "evaluate.seq_len": 32,
+        "evaluate.batch_tokens": 768,
+        "schedule.progress": "steps",
+        "budget.train_seconds": None,
+        "budget.max_steps": 8,
+    }
+    config = RECIPES["slowrun_cpu"].build().with_overrides(small)
+    primed, plain = (
+        train(config.with_overrides({"runtime.prime_steps": steps}), NullReporter(), tmp_path)
+        for steps in (1, 0)
+    )
+    assert (primed.status, primed.steps) == ("finished", 8)
+    assert primed.num_params == count_parameters(config.model)
+    assert primed.val_loss is not None and primed.val_loss < math.log(VOCAB_SIZE)
+    assert primed.val_loss == plain.val_loss  # noise follows the step, not what came before
