@@ -13,7 +13,11 @@ from trainer.config import TrainConfig
 OPTIONAL: dict[str, Callable[[TrainConfig], bool]] = {
     "trainer.attention.flash4": lambda run: run.runtime.attention == "flash4",
     "trainer.attention.varlen": lambda run: run.runtime.attention == "varlen",
-    "trainer.checkpoint": lambda run: bool(run.source.checkpoint) or run.runtime.save_checkpoint,
+    "trainer.checkpoint": lambda run: (
+        bool(run.source.checkpoint)
+        or run.runtime.save_checkpoint
+        or run.runtime.checkpoint_seconds > 0
+    ),
     "trainer.data.overlap": lambda run: run.data.max_overlap < 1,
     "trainer.evaluate.chunk_training": lambda run: run.evaluate.ttt == "chunks",
     "trainer.evaluate.document_training": lambda run: run.evaluate.ttt == "documents",
@@ -27,6 +31,7 @@ OPTIONAL: dict[str, Callable[[TrainConfig], bool]] = {
     "trainer.model.adapters": lambda run: run.evaluate.ttt == "documents",
     "trainer.model.differential": lambda run: run.model.diff_attention != "off",
     "trainer.model.shared": lambda run: run.model.num_loops > 1,
+    "trainer.resume": lambda run: run.runtime.checkpoint_seconds > 0,
     "trainer.optim.sharded_muon": lambda run: run.optim.muon_comm == "reduce_scatter",
     "trainer.quantize.awq": lambda run: run.quantize.awq_groups > 0,
     "trainer.quantize.calibration": lambda run: run.quantize.method == "gptq",

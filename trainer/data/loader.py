@@ -115,6 +115,7 @@ class TrainLoader:
         split: str = "train",
         seed: int = 0,
         stages: tuple[RowStage, ...] = (),
+        train_tokens: int | None = None,
     ) -> None:
         """
         Args:
@@ -124,9 +125,11 @@ class TrainLoader:
             split: "train", "val" or "both".
             seed: of random orders.
             stages: of data.seq_len_schedule; () = rows do not change.
+            train_tokens: most distinct tokens to use, the first ones; None = all.
         """
         shards = {"train": dataset.train_shards, "val": dataset.val_shards}
-        stream = TokenStream(shards.get(split) or [*dataset.train_shards, *dataset.val_shards])
+        both = [*dataset.train_shards, *dataset.val_shards]
+        stream = TokenStream(shards.get(split) or both, train_tokens)
         if stream.num_tokens <= batch_tokens:
             raise DataError(
                 f"{dataset.dir}: {stream.num_tokens} training tokens are less than one step of "
@@ -173,6 +176,7 @@ class TrainLoader:
             split=data.train_split,
             seed=config.runtime.seed,
             stages=row_stages(data) if data.seq_len_schedule else (),
+            train_tokens=config.budget.train_tokens,
         )
 
     def _lane_piece(
