@@ -18,6 +18,7 @@ OPTIONAL: dict[str, Callable[[TrainConfig], bool]] = {
         or run.runtime.save_checkpoint
         or run.runtime.checkpoint_seconds > 0
     ),
+    "trainer.data.document_shuffle": lambda run: run.data.loader == "shuffled_documents",
     "trainer.data.overlap": lambda run: run.data.max_overlap < 1,
     "trainer.evaluate.chunk_training": lambda run: run.evaluate.ttt == "chunks",
     "trainer.evaluate.document_training": lambda run: run.evaluate.ttt == "documents",
