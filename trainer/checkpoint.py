@@ -73,13 +73,16 @@ def _parts(weights: Mapping[str, np.ndarray], config: TrainConfig) -> Iterator[b
     )
     text = header.model_dump_json().encode()
     checksum = hashlib.blake2b(digest_size=_CHECKSUM_BYTES)
-    bodies = (
-        memoryview(array.reshape(-1).view(np.uint8)) for array in arrays.values() if array.size
-    )
+    bodies = (_raw(array) for array in arrays.values() if array.size)
     for part in (_PREFIX.pack(MAGIC, len(text)), text, *bodies):
         checksum.update(part)
         yield part
     yield checksum.digest()
+
+
+def _raw(array: np.ndarray) -> memoryview:
+    flat: Any = array.reshape(-1).view(np.uint8)
+    return memoryview(flat)
 
 
 def read_config(path: Path) -> TrainConfig:

@@ -23,6 +23,7 @@ from trainer.config import TrainConfig
 from trainer.config.recurrence import visits_at
 from trainer.config.row_schedule import row_stages
 from trainer.distributed import Group, join_group
+from trainer.ensemble import Ensemble
 from trainer.evaluate.scorer import EvalResult
 from trainer.finish import Finish, PackedSize
 from trainer.legality import illegal_in_use
@@ -66,6 +67,8 @@ def train(
                 reason = None
             else:
                 run.prime()
+                if config.evaluate.ensemble != "off":
+                    run.ensemble = Ensemble(Path(out or scratch), run.work)
                 run.resume(Path(out or scratch), saved)
                 with on_compilation(run.note_compilation):
                     reason = run.train_to_budget()
@@ -82,6 +85,7 @@ def train(
         prequant = finish.score_prequant(run.steps, run.clock.elapsed())
         size = finish.pack(Path(out or scratch) / "artifact.bin")
         score = finish.score_artifact(Path(out or scratch) / "artifact.bin")
+        run.score_ensemble()
         run.forget_state()
         return run.result(prequant=prequant, score=score, size=size)
 
@@ -118,6 +122,9 @@ class Run:
     """Seconds of a primed step by the start of its phase, until that begins."""
     compilations: int = 0
     """Inside the clock, on this rank."""
+    ensemble: Ensemble | None = None
+    """Checkpoints to score together, if any."""
+    ensemble_loss: dict[str, float] = field(default_factory=dict)
     state_file: StateFile | None = None
     """Where the run's state is saved, if it is."""
 
@@ -178,6 +185,8 @@ class Run:
         if counted is not None:
             self.steps, self.compilations = counted["steps"], counted["compilations"]
             self.train_loss, self.step_seconds = counted["train_loss"], counted["step_seconds"]
+            if self.ensemble is not None:
+                self.ensemble.steps, self.ensemble.last = counted["ensemble"]
             self.work.log(f"goes on after step {self.steps}, {self.clock.elapsed():.1f} s")
             self._report_saved()
 
@@ -190,6 +199,7 @@ class Run:
             "compilations": self.compilations,
             "train_loss": self.train_loss,
             "step_seconds": self.step_seconds,
+            "ensemble": [self.ensemble.steps, self.ensemble.last] if self.ensemble else None,
         }
         with self.work.timer.phase("save_state"):
             self.state_file.save(counted)
@@ -203,6 +213,25 @@ class Run:
         """The run is over: nothing will go on from its state."""
         if self.state_file is not None:
             self.state_file.remove()
+        if self.ensemble is not None:
+            self.ensemble.remove()
+
+    def _keep_for_ensemble(self) -> None:
+        """Keep the weights of now, outside the clock. The device is idle."""
+        assert self.ensemble is not None
+        self.clock.stop()
+        with self.work.timer.phase("save_state"):
+            self.ensemble.take(self.steps)
+        self.clock.start()
+
+    def score_ensemble(self) -> None:
+        """Score the kept checkpoints together, where there are any."""
+        if self.ensemble is None:
+            return
+        with self.work.timer.phase("evaluate_ensemble"):
+            scores = self.ensemble.score()
+        self.ensemble_loss = {name: score.val_loss for name, score in scores.items()}
+        self.work.stages.update({name: score.val_bpb for name, score in scores.items()})
 
     def restore(self) -> None:
         """Take the weights from source.checkpoint instead of training; prime what scores them."""
@@ -273,6 +302,9 @@ class Run:
             if gate.near_cap:
                 self.kept = self._keep(gate.elapsed_s)
             self._take_average()
+            if self.ensemble is not None and self.ensemble.is_due(self.steps):
+                self._collect(pacer.drain())
+                self._keep_for_ensemble()
             if self.state_file is not None and self.state_file.is_due(gate.elapsed_s):
                 self._collect(pacer.drain())
                 self._save_state()
@@ -286,6 +318,8 @@ class Run:
         self._collect(pacer.drain())
         self.clock.stop()
         self.work.timer.add("train", self._settle_seconds())
+        if self.ensemble is not None:
+            self.ensemble.take(self.steps)
         reason = reason or self._not_finite()
         if self.work.group.max_float(float(reason is not None)) > 0:
             return reason or "stopped with rank 0"
@@ -405,7 +439,7 @@ class Run:
         names = ["build", "restore", "prime", "train", "validate"]
         names += ["save_state", "evaluate_trained", "average"]
         names += ["calibrate", "checkpoint", "evaluate_prequant", "quantize", "pack"]
-        names += ["evaluate_stages", "evaluate"]
+        names += ["evaluate_stages", "evaluate", "evaluate_ensemble"]
         timer = self.work.timer
         seconds = self.work.group.max_floats(*(timer.seconds.get(name, 0.0) for name in names))
         compilations = int(self.work.group.max_float(float(self.compilations)))
@@ -429,6 +463,7 @@ class Run:
             val_bpb=score.val_bpb if score else None,
             val_bpb_prequant=prequant.val_bpb if prequant else None,
             stages=self.work.stages,
+            ensemble=self.ensemble_loss,
             val_tokens=score.num_tokens if score else None,
             bytes_code=size.bytes_code if size else None,
             bytes_model=size.bytes_model if size else None,

@@ -17,9 +17,11 @@ OPTIONAL: dict[str, Callable[[TrainConfig], bool]] = {
         bool(run.source.checkpoint)
         or run.runtime.save_checkpoint
         or run.runtime.checkpoint_seconds > 0
+        or run.evaluate.ensemble != "off"
     ),
     "trainer.data.document_shuffle": lambda run: run.data.loader == "shuffled_documents",
     "trainer.data.overlap": lambda run: run.data.max_overlap < 1,
+    "trainer.ensemble": lambda run: run.evaluate.ensemble != "off",
     "trainer.evaluate.chunk_training": lambda run: run.evaluate.ttt == "chunks",
     "trainer.evaluate.document_training": lambda run: run.evaluate.ttt == "documents",
     "trainer.evaluate.naive_ttt": lambda run: run.evaluate.naive_ttt_epochs > 0,

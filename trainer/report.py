@@ -124,9 +124,9 @@ class TrainResult(BaseModel):
     """Such as "cpu" or "NVIDIA H200"."""
     phases: dict[str, float]
     """Seconds per phase: build, restore, prime, train, validate, save_state, evaluate_trained,
-    average, calibrate, checkpoint, evaluate_prequant, quantize, pack, evaluate_stages,
-    evaluate. "train" and "calibrate" count against budget.train_seconds, "evaluate" against
-    budget.eval_seconds."""
+    average, calibrate, checkpoint, evaluate_prequant, quantize, pack, evaluate_stages, evaluate,
+    evaluate_ensemble. "train" and "calibrate" count against budget.train_seconds, "evaluate"
+    against budget.eval_seconds."""
     step_ms: float | None = None
     """Median milliseconds of a step."""
     train_loss: float | None = None
@@ -141,6 +141,9 @@ class TrainResult(BaseModel):
     """Bits per byte stage by stage, as far as measured: "trained" at the end of training and
     "averaged" where average.kind replaced those weights, both before quantisation; "quantized"
     after it; all in plain rows; and the score under the name of its method."""
+    ensemble: dict[str, float] = {}
+    """Nats per token of the last checkpoints together, where evaluate.ensemble is on:
+    "ensemble_equal", "ensemble_weighted". Their bits per byte are in `stages`."""
     skipped: list[str] = []
     """Diagnostic passes that evaluate.prequant and evaluate.stages left out, in the words of
     `stages`."""

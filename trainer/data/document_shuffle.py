@@ -64,7 +64,7 @@ class ShuffledDocuments(TokenStream):
         while filled < count:
             epoch, position = divmod(start + filled, self.num_tokens)
             order, ends = self._epoch(epoch + 1)
-            index = bisect_right(ends, position)  # type: ignore[arg-type]
+            index = bisect_right(ends, position)
             document = order[index]
             left = int(ends[index]) - position
             size = min(left, count - filled)
