@@ -74,7 +74,8 @@ def _parts(weights: Mapping[str, np.ndarray], config: TrainConfig) -> Iterator[b
     text = header.model_dump_json().encode()
     checksum = hashlib.blake2b(digest_size=_CHECKSUM_BYTES)
     bodies = (_raw(array) for array in arrays.values() if array.size)
-    for part in (_PREFIX.pack(MAGIC, len(text)), text, *bodies):
+    parts: tuple[bytes | memoryview, ...] = (_PREFIX.pack(MAGIC, len(text)), text, *bodies)
+    for part in parts:
         checksum.update(part)
         yield part
     yield checksum.digest()

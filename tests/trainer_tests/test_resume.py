@@ -127,6 +127,34 @@ def test_two_workers_go_on_with_momentum_gathered_from_both(
     assert run_ranks(_on_ranks, 2, tree, str(tmp_path / "lost"), 0) == expected
 
 
+class Drawing(Dying):
+    """Draws a random number at every step, as dropout would."""
+
+    def __init__(self, at_step: int) -> None:
+        super().__init__(at_step)
+        self.draws: dict[int, float] = {}
+
+    def emit(self, kind: str, **fields: Any) -> None:
+        if kind == "step":
+            self.draws[fields["step"]] = float(torch.rand(()))
+        super().emit(kind, **fields)
+
+
+def test_random_numbers_go_on_where_they_were(
+    configure: Callable[..., TrainConfig],  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    config = configure(**SAVING)
+    whole, again = Drawing(0), Drawing(0)
+    train(config, whole, tmp_path / "whole")
+    with pytest.raises(Lost):
+        train(config, Drawing(6), tmp_path / "lost")
+    torch.manual_seed(987654)
+    train(config, again, tmp_path / "lost")
+    assert min(again.draws) == 6 and max(again.draws) == 12
+    assert again.draws == {step: whole.draws[step] for step in again.draws}
+
+
 def test_every_second_counts_once(
     configure: Callable[..., TrainConfig],  # noqa: F811
     tmp_path: Path,
