@@ -377,7 +377,7 @@ class Scheduler:
             return
         again = run.again()
         error = update.error or "no reason given"
-        self._book.retry(again.spec, run.trial, error, self._teller.units(run.trained_s))
+        self._book.retry(again.spec, run.trial, error, self._teller.units(run.lost_s))
         self._running.pop(run.number, None)
         self._ready.append(again)
 
