@@ -92,6 +92,7 @@ def _attention(model: ModelConfig, index: int) -> Table:
         table["value_residual.factors"] = (2,)
     if model.embeds_values(index):
         table["value_embed.scale"] = (1,)
+    table |= _under("iha", _head_mixes(model, index))
     if model.attn_gate != "off":
         is_narrow = model.attn_gate in ("window", "sparse")
         num_in = model.attn_gate_dim if is_narrow else model.model_dim
@@ -99,6 +100,20 @@ def _attention(model: ModelConfig, index: int) -> Table:
     if model.attn_gate == "biased":
         table["gate.bias"] = (model.num_heads,)
     return table
+
+
+def _head_mixes(model: ModelConfig, index: int) -> Table:
+    """What interleaved head attention adds to a layer."""
+    heads, groups, count = model.num_heads, model.num_kv_heads, model.iha_pseudo_heads
+    kind = model.iha_of(index)
+    if kind == "fused":
+        table: Table = {"q": (heads, heads), "k": (groups, groups), "v": (groups, groups)}
+        return table | ({"out": (heads, heads)} if model.iha_fused == "qkvo" else {})
+    if kind == "interleaved":
+        collapse = (heads, count) if model.iha_collapse == "own" else (heads, heads * count)
+        mixes = {"q": (heads, heads, count), "k": (groups, groups, count)}
+        return {**mixes, "v": mixes["k"], "collapse": collapse}
+    return {}
 
 
 def _visit(model: ModelConfig) -> Table:
@@ -166,13 +181,14 @@ def flops_per_token(model: ModelConfig, seq_len: int) -> float:
     twice that backward. Attention: N is the sum over visits of the keys that a query meets on
     average, (T + 1) / 2 where it sees everything; each costs 2 C operations for scores and 2 C for
     values, three times for the whole step. Differential attention over whole values does it all
-    twice. Pointwise work is left out.
+    twice. Where heads interleave, each pseudo-token of a token meets keys of its own; their mixes
+    are products, too. Pointwise work is left out.
 
     Args:
         seq_len: T, tokens in a row.
     """
     num_keys = sum(
-        _visits(model, layer) * _mean_keys(model.window_of(layer), seq_len)
+        _visits(model, layer) * _keys_of_layer(model, layer, seq_len)
         for layer in range(model.num_layers)
         if model.attends(layer)
     )
@@ -185,10 +201,25 @@ def _visits(model: ModelConfig, layer: int) -> int:
     return model.num_loops * (model.recur_visits if model.recurs(layer) else 1)
 
 
+def _keys_of_layer(model: ModelConfig, layer: int, seq_len: int) -> float:
+    """Keys that the queries of a token meet, averaged over a row."""
+    if model.iha_of(layer) != "interleaved":
+        return _mean_keys(model.window_of(layer), seq_len)
+    count, window = model.iha_pseudo_heads, model.pseudo_window_of(layer)
+    if model.iha_mask == "block":
+        return count * count * _mean_keys(window, seq_len)
+    return count * _mean_keys(window, count * seq_len)
+
+
 def _product_weights(model: ModelConfig) -> int:
     weights = model.vocab_size * model.model_dim  # the head, tied or not
     for name, shape in parameter_table(model).items():
-        if ".lora." in name or (".repeats." in name and name.endswith(".weight")):
+        if name.startswith("blocks.") and ".iha." in name:
+            layer = int(name.split(".")[1])
+            is_sum = name.endswith("collapse") and model.iha_collapse == "own"
+            if model.iha_of(layer) == "interleaved" and not is_sum:
+                weights += math.prod(shape) * model.head_dim * _visits(model, layer)
+        elif ".lora." in name or (".repeats." in name and name.endswith(".weight")):
             weights += math.prod(shape)
         elif name.startswith("blocks.") and name.endswith(".weight"):
             layer = int(name.split(".")[1])

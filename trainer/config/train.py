@@ -68,6 +68,11 @@ class TrainConfig(Settings):
                 f"model.num_layers = {self.model.num_layers}; lower it"
             )
         faults.extend(self._calibration_faults())
+        if self.quantize.method == "gptq" and self.model.iha == "fused":
+            faults.append(
+                'quantize.method = "gptq" sees no inputs of matrices that model.iha = "fused" '
+                "mixes before use; set another quantize.method, or model.iha = interleaved"
+            )
         faults.extend(self._recurrence_faults())
         faults.extend(self._kernel_faults())
         faults.extend(self._ttt_faults())

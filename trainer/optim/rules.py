@@ -56,6 +56,7 @@ def param_rules(config: TrainConfig) -> tuple[ParamRule, ...]:
     return (
         ParamRule("blocks.*.resid_lambdas", "adam", RESID_LAMBDA_LR * optim.scalar_lr),
         *_recurrence_rules(config),
+        ParamRule("blocks.*.attn.iha.*", "adam", optim.iha_lr),
         scalar("blocks.*.attn.gate.*"),
         *_late_rules(config),
         ParamRule("blocks.*.weight", "muon", optim.matrix_lr, optim.weight_decay),
