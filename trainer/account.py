@@ -216,8 +216,7 @@ def _product_weights(model: ModelConfig) -> int:
     for name, shape in parameter_table(model).items():
         if name.startswith("blocks.") and ".iha." in name:
             layer = int(name.split(".")[1])
-            is_sum = name.endswith("collapse") and model.iha_collapse == "own"
-            if model.iha_of(layer) == "interleaved" and not is_sum:
+            if model.iha_of(layer) == "interleaved" and not _is_no_product(model, name):
                 weights += math.prod(shape) * model.head_dim * _visits(model, layer)
         elif ".lora." in name or (".repeats." in name and name.endswith(".weight")):
             weights += math.prod(shape)
@@ -225,9 +224,23 @@ def _product_weights(model: ModelConfig) -> int:
             layer = int(name.split(".")[1])
             is_untied = ".mlp." in name and model.unties_mlp(layer)
             weights += math.prod(shape) * (1 if is_untied else _visits(model, layer))
+            if name.endswith(("attn.q.weight", "attn.k.weight")) and _widens(model, layer):
+                weights += math.prod(shape) * (model.iha_pseudo_heads - 1) * _visits(model, layer)
         elif name.endswith("proj.weight"):
             weights += math.prod(shape)
     return weights
+
+
+def _widens(model: ModelConfig, layer: int) -> bool:
+    """Whether a layer projects to all pseudo-heads of q and k at once."""
+    return model.iha_product == "weights" and model.iha_of(layer) == "interleaved"
+
+
+def _is_no_product(model: ModelConfig, name: str) -> bool:
+    """Whether a mix of interleaved heads is a sum, or is part of a projection."""
+    if name.endswith("collapse"):
+        return model.iha_collapse == "own"
+    return model.iha_product == "weights" and name.endswith(("iha.q", "iha.k"))
 
 
 def _mean_keys(window: int | None, seq_len: int) -> float:

@@ -133,6 +133,14 @@ SWITCHES: dict[str, dict[str, Any]] = {
         "qk_norm": "after_rope",
         "num_kv_heads": 4,
     },
+    "iha_weights": {
+        "iha": "interleaved",
+        "iha_product": "weights",
+        "value_residual": "gated",
+        "window": 4,
+        "window_layers": "SSL",
+        "iha_layers": "odd",
+    },
     "iha_one": {
         "iha": "interleaved",
         "iha_pseudo_heads": 1,

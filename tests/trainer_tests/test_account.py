@@ -133,14 +133,17 @@ def test_operations_of_a_step_equal_those_of_the_real_model(
 
 
 def _operations_on_weights(config: ModelConfig) -> int:
-    """Fused heads mix once in a step, not for each token: 2 H H D C forward, twice that backward,
-    for each mix of as many heads."""
-    if config.iha != "fused":
+    """Matrices mix once in a step, not for each token: 2 D C forward, twice that backward, for each
+    entry of a mix."""
+    heads, groups = config.num_heads**2, config.num_kv_heads**2
+    if config.iha == "fused":
+        entries = heads * (2 if config.iha_fused == "qkvo" else 1) + 2 * groups
+    elif config.iha_product == "weights":
+        entries = config.iha_pseudo_heads * (heads + groups)
+    else:
         return 0
     layers = [layer for layer in range(config.num_layers) if config.iha_of(layer) != "off"]
-    pairs = config.num_heads**2 * (2 if config.iha_fused == "qkvo" else 1)
-    pairs += 2 * config.num_kv_heads**2
-    return 6 * len(layers) * pairs * config.head_dim * config.model_dim
+    return 6 * len(layers) * entries * config.head_dim * config.model_dim
 
 
 def test_loads_without_torch() -> None:

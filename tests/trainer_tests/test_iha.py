@@ -41,7 +41,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     for mask in ("causal", "block")
     for windows in ("flops", "tokens")
     for collapse in ("own", "all")
-} | {kind: {"iha": "fused", "iha_fused": kind} for kind in ("qkv", "qkvo")}
+} | {
+    "qkv": {"iha": "fused"},
+    "qkvo": {"iha": "fused", "iha_fused": "qkvo"},
+    "weights": {"iha": "interleaved", "iha_product": "weights"},
+    "paper": {"iha": "interleaved", "iha_layers": "short", "iha_collapse": "all"},
+}
 
 
 def build(dtype: torch.dtype, **settings: Any) -> GPT:
@@ -260,7 +265,7 @@ def test_attention_by_single_tokens_is_causal_attention() -> None:
     )
 
 
-@pytest.mark.parametrize("variant", ["pseudo-causal-flops-own", "token-block-tokens-all", "qkvo"])
+@pytest.mark.parametrize("variant", ["weights", "token-block-tokens-all"])
 def test_compiles_as_one_graph_with_the_same_numbers(variant: str) -> None:
     torch._dynamo.reset()
     model = build(torch.float64, **VARIANTS[variant])
@@ -369,8 +374,42 @@ def test_settings_that_do_not_fit_name_their_path_and_the_remedy(
         TrainConfig().with_overrides({f"model.{key}": value for key, value in overrides.items()})
 
 
-def test_calibration_of_fused_matrices_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r'quantize\.method = "gptq" .*model\.iha = "fused"'):
-        TrainConfig().with_overrides(
-            {"model.iha": "fused", "quantize.method": "gptq", "quantize.reserve_seconds": 5.0}
-        )
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"model.iha": "fused"}, r'quantize\.method = "gptq" .*model\.iha = "fused"'),
+        (
+            {"model.iha": "interleaved", "model.iha_product": "weights"},
+            r"gptq.*set another quantize\.method, or model\.iha_product = heads",
+        ),
+    ],
+)
+def test_calibration_of_mixed_matrices_is_refused(settings: dict[str, Any], message: str) -> None:
+    gptq = {"quantize.method": "gptq", "quantize.reserve_seconds": 5.0}
+    with pytest.raises(ConfigError, match=message):
+        TrainConfig().with_overrides(settings | gptq)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_mixing_weights_is_mixing_heads(count: int) -> None:
+    """Forward and gradient, with random mixes that are not symmetric."""
+    tokens = tokens_of(12)
+    results = []
+    for product in ("heads", "weights"):
+        settings = {"iha_product": product, "iha_pseudo_heads": count, "iha_windows": "tokens"}
+        model = build(torch.float64, iha="interleaved", **settings)
+        randomize(model)
+        loss = model(tokens[:, :-1], tokens[:, 1:])
+        loss.backward()
+        results.append([loss.detach(), *(p.grad for p in model.parameters())])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_mixes_run_when_nothing_or_only_the_input_learns() -> None:
+    """Which of two factors learns decides how the library multiplies; never the result."""
+    for mix_learns, x_learns in ((False, False), (True, False), (False, True)):
+        x = torch.randn(2, 5, 3, 4, requires_grad=x_learns)
+        mix = torch.randn(3, 3, 2, requires_grad=mix_learns)
+        want = torch.einsum("mhp,btmd->btphd", mix, x).flatten(1, 2)
+        torch.testing.assert_close(interleaved(x, mix), want)

@@ -69,6 +69,11 @@ def _faults_of_interleaving(model: ModelConfig, layers: tuple[int, ...]) -> list
             "model.document_attention = true knows no pseudo-tokens, but "
             'model.iha = "interleaved"; set it false, or model.iha = fused'
         )
+    if model.iha_product == "weights" and model.recur_lora_rank:
+        faults.append(
+            f"model.recur_lora_rank = {model.recur_lora_rank} adapts projected heads, which "
+            'model.iha_product = "weights" does not have; set model.iha_product = heads, or 0'
+        )
     if model.rope_ntk_len and model.iha_positions == "pseudo":
         faults.append(
             f"model.rope_ntk_len = {model.rope_ntk_len} stretches positions of tokens, but "

@@ -189,6 +189,10 @@ class ModelConfig(Settings):
     iha_collapse: Literal["own", "all"] = "own"
     """What a head becomes: a sum of its own pseudo-heads (published), or of those of all heads (the
     paper)."""
+    iha_product: Literal["heads", "weights"] = "heads"
+    """How queries and keys of pseudo-heads are made: by mixing the projected heads, or by one
+    projection with mixed weights, P times as wide, which moves less memory for more operations.
+    The same numbers but for rounding."""
     qk_norm: Literal["before_rope", "after_rope"] = "before_rope"
     """Whether queries and keys are normalised before they rotate or after. A rotation keeps the
     norm, so that only the rounding differs."""

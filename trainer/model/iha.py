@@ -69,9 +69,9 @@ class FusedHeads(SelfAttention):
 
 def mixed_rows(mix_NN: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """W'_h = sum_m M[h, m] W_m over the heads that stack up to W, [N D, C]. Both are cast before,
-    so that an identity leaves every bit as it is."""
-    heads = weight.to(dtype).reshape(len(mix_NN), -1)
-    return (mix_NN.to(dtype) @ heads).view(weight.shape)
+    so that an identity leaves every bit as it is. A mix of more rows gives more heads."""
+    heads = weight.to(dtype).reshape(mix_NN.size(1), -1)
+    return (mix_NN.to(dtype) @ heads).view(-1, weight.size(1))
 
 
 class InterleavedMixes(nn.Module):
@@ -106,15 +106,34 @@ class InterleavedHeads(SelfAttention):
         self._count = config.iha_pseudo_heads
         self._attend = _attend_of_layer(config, attend, layer)
         self._tables = _own_tables if config.positions_per_token > 1 else self._token_tables
+        self._folds = config.iha_product == "weights"
+        self._mix = _as_it_is if self._folds else interleaved
         self._collapse = self._own if config.iha_collapse == "own" else self._all
+
+    def _project(
+        self, x_BTC: Tensor, context: Context, lora: nn.ModuleDict | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if not self._folds:
+            return super()._project(x_BTC, context, lora)
+        assert not lora and context.adapters is None  # the settings forbid both
+        pairs = ((self.iha.q, self.q), (self.iha.k, self.k))
+        weights = [mixed_rows(_rows_of(mix), of.weight, x_BTC.dtype) for mix, of in pairs]
+        weight = torch.cat([*weights, self.v.weight.to(x_BTC.dtype)])
+        widths = [self._count * width for width in self._widths[:2]] + self._widths[2:]
+        q, k, v = torch.split(F.linear(x_BTC, weight), widths, dim=-1)
+        num_rows, num_tokens, _ = x_BTC.shape
+        q_BSHD, k_BSGD = (
+            part.reshape(num_rows, num_tokens * self._count, -1, self._head_dim) for part in (q, k)
+        )
+        return q_BSHD, k_BSGD, v.reshape(num_rows, num_tokens, -1, self._head_dim)
 
     def _attended(
         self, q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, gain_H: Tensor, context: Context
     ) -> Tensor:
         dtype = v_BTGD.dtype
         cos_SF, sin_SF = self._tables(context)
-        q_BSHD = self._position(interleaved(q_BTHD, self.iha.q), cos_SF, sin_SF) * gain_H[:, None]
-        k_BSGD = self._position(interleaved(k_BTGD, self.iha.k), cos_SF, sin_SF)
+        q_BSHD = self._position(self._mix(q_BTHD, self.iha.q), cos_SF, sin_SF) * gain_H[:, None]
+        k_BSGD = self._position(self._mix(k_BTGD, self.iha.k), cos_SF, sin_SF)
         v_BSGD = interleaved(v_BTGD, self.iha.v)
         out_BSHD = context.attend(self._attend, q_BSHD.to(dtype), k_BSGD.to(dtype), v_BSGD)
         num_rows, _, *head = out_BSHD.shape
@@ -140,9 +159,19 @@ class InterleavedHeads(SelfAttention):
 def interleaved(x_BTND: Tensor, mix_NNP: Tensor) -> Tensor:
     """Pseudo-heads of all heads as pseudo-tokens, [B, T P, N, D], p fastest among them. One product
     with the rows of the mix in the order (p, target) writes them where they are to stand."""
-    mix: Tensor = mix_NNP.permute(2, 1, 0).flatten(0, 1).to(x_BTND.dtype)
-    num_rows, _, *head = x_BTND.shape
-    return (mix @ x_BTND).view(num_rows, -1, *head)
+    num_rows, num_tokens, *head = x_BTND.shape
+    mix = _rows_of(mix_NNP).to(x_BTND.dtype).expand(num_rows * num_tokens, -1, -1)
+    return torch.bmm(mix, x_BTND.flatten(0, 1)).view(num_rows, -1, *head)
+
+
+def _as_it_is(x_BSND: Tensor, mix_NNP: Tensor) -> Tensor:
+    """What stands in for `interleaved` where the weights are mixed."""
+    return x_BSND
+
+
+def _rows_of(mix_NNP: Tensor) -> Tensor:
+    """A as a matrix, a row for each (p, target), [P N, N]."""
+    return mix_NNP.permute(2, 1, 0).flatten(0, 1)
 
 
 def _own_tables(context: Context) -> tuple[Tensor, Tensor]:
