@@ -129,6 +129,7 @@ def _attention(model: ModelConfig, index: int) -> Table:
         kv_width = model.num_kv_heads * model.head_dim
         table["value_proj.proj.weight"] = (kv_width, model.model_dim)
         table["value_proj.gate.weight"] = (model.num_kv_heads, model.value_proj_gate_dim)
+    table |= _under("iha", _head_mixes(model, index))
     if model.attn_gate != "off":
         is_narrow = model.attn_gate in ("window", "sparse")
         num_in = model.attn_gate_dim if is_narrow else model.model_dim
@@ -136,6 +137,20 @@ def _attention(model: ModelConfig, index: int) -> Table:
     if model.attn_gate == "biased":
         table["gate.bias"] = (model.num_heads,)
     return table
+
+
+def _head_mixes(model: ModelConfig, index: int) -> Table:
+    """What interleaved head attention adds to a layer."""
+    heads, groups, count = model.num_heads, model.num_kv_heads, model.iha_pseudo_heads
+    kind = model.iha_of(index)
+    if kind == "fused":
+        table: Table = {"q": (heads, heads), "k": (groups, groups), "v": (groups, groups)}
+        return table | ({"out": (heads, heads)} if model.iha_fused == "qkvo" else {})
+    if kind == "interleaved":
+        collapse = (heads, count) if model.iha_collapse == "own" else (heads, heads * count)
+        mixes = {"q": (heads, heads, count), "k": (groups, groups, count)}
+        return {**mixes, "v": mixes["k"], "collapse": collapse}
+    return {}
 
 
 def _visit(model: ModelConfig) -> Table:
@@ -203,13 +218,14 @@ def flops_per_token(model: ModelConfig, seq_len: int) -> float:
     twice that backward. Attention: N is the sum over visits of the keys that a query meets on
     average, (T + 1) / 2 where it sees everything; each costs 2 C operations for scores and 2 C for
     values, three times for the whole step. Differential attention over whole values does it all
-    twice. Pointwise work is left out.
+    twice. Where heads interleave, each pseudo-token of a token meets keys of its own; their mixes
+    are products, too. Pointwise work is left out.
 
     Args:
         seq_len: T, tokens in a row.
     """
     num_keys = sum(
-        _visits(model, layer) * _mean_keys(model.window_of(layer), seq_len)
+        _visits(model, layer) * _keys_of_layer(model, layer, seq_len)
         for layer in range(model.num_layers)
         if model.attends(layer)
     )
@@ -228,19 +244,47 @@ def _visits(model: ModelConfig, layer: int) -> float:
     return model.num_loops * passes * visits
 
 
+def _keys_of_layer(model: ModelConfig, layer: int, seq_len: int) -> float:
+    """Keys that the queries of a token meet, averaged over a row."""
+    if model.iha_of(layer) != "interleaved":
+        return _mean_keys(model.window_of(layer), seq_len)
+    count, window = model.iha_pseudo_heads, model.pseudo_window_of(layer)
+    if model.iha_mask == "block":
+        return count * count * _mean_keys(window, seq_len)
+    return count * _mean_keys(window, count * seq_len)
+
+
 def _product_weights(model: ModelConfig) -> float:
     # The head, tied or not; the extra block goes through it, too.
     weights: float = model.table_rows * model.model_dim * (2 if model.mtp_weight else 1)
     for name, shape in parameter_table(model).items():
-        if ".lora." in name or (".repeats." in name and name.endswith(".weight")):
+        if name.startswith("blocks.") and ".iha." in name:
+            layer = int(name.split(".")[1])
+            if model.iha_of(layer) == "interleaved" and not _is_no_product(model, name):
+                weights += math.prod(shape) * model.head_dim * _visits(model, layer)
+        elif ".lora." in name or (".repeats." in name and name.endswith(".weight")):
             weights += math.prod(shape)
         elif name.startswith("blocks.") and name.endswith(".weight"):
             layer = int(name.split(".")[1])
             is_untied = ".mlp." in name and model.unties_mlp(layer)
             weights += math.prod(shape) * (1 if is_untied else _visits(model, layer))
+            if name.endswith(("attn.q.weight", "attn.k.weight")) and _widens(model, layer):
+                weights += math.prod(shape) * (model.iha_pseudo_heads - 1) * _visits(model, layer)
         elif name.endswith("proj.weight") or name.startswith("mtp."):
             weights += math.prod(shape)
     return weights
+
+
+def _widens(model: ModelConfig, layer: int) -> bool:
+    """Whether a layer projects to all pseudo-heads of q and k at once."""
+    return model.iha_product == "weights" and model.iha_of(layer) == "interleaved"
+
+
+def _is_no_product(model: ModelConfig, name: str) -> bool:
+    """Whether a mix of interleaved heads is a sum, or is part of a projection."""
+    if name.endswith("collapse"):
+        return model.iha_collapse == "own"
+    return model.iha_product == "weights" and name.endswith(("iha.q", "iha.k"))
 
 
 def _mean_keys(window: int | None, seq_len: int) -> float:

@@ -12,6 +12,9 @@ from trainer.config import TrainConfig
 
 OPTIONAL: dict[str, Callable[[TrainConfig], bool]] = {
     "trainer.attention.flash4": lambda run: run.runtime.attention == "flash4",
+    "trainer.attention.pseudo_tokens": lambda run: (
+        run.model.iha == "interleaved" and run.model.iha_mask == "block"
+    ),
     "trainer.attention.varlen": lambda run: run.runtime.attention == "varlen",
     "trainer.checkpoint": lambda run: (
         bool(run.source.checkpoint)
@@ -33,6 +36,7 @@ OPTIONAL: dict[str, Callable[[TrainConfig], bool]] = {
     "trainer.kernels.mlp": lambda run: run.runtime.mlp_kernel != "compiled",
     "trainer.model.adapters": lambda run: run.evaluate.ttt == "documents",
     "trainer.model.differential": lambda run: run.model.diff_attention != "off",
+    "trainer.model.iha": lambda run: run.model.iha != "off",
     "trainer.model.mtp": lambda run: run.model.mtp_weight > 0,
     "trainer.model.shared": lambda run: run.model.num_loops > 1,
     "trainer.resume": lambda run: run.runtime.checkpoint_seconds > 0,

@@ -228,7 +228,9 @@ def test_every_parameter_has_an_optimiser_and_control_tensors_keep_32_bits(name:
     table = parameter_table(config.model)
     for parameter, rule in assign(table, param_rules(config)).items():
         is_matrix = parameter.startswith("blocks.") and len(table[parameter]) == 2
-        is_small = any(part in parameter for part in (".lora.", ".gate.", ".lanes.", "resid_mix"))
+        is_small = any(
+            part in parameter for part in (".lora.", ".gate.", ".iha.", ".lanes.", "resid_mix")
+        )
         in_muon = is_matrix and not is_small
         assert (rule.optimizer == "muon") == in_muon, parameter
         is_table = parameter in (

@@ -7,6 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from trainer.config.base import PositiveFloat, PositiveInt, Settings, raise_together
+from trainer.config.iha import faults_of_iha, iha_layers, pseudo_window
 from trainer.config.recurrence import Place, count_skips, visit_order
 from trainer.layer_pattern import select_layers
 
@@ -217,6 +218,39 @@ class ModelConfig(Settings):
     """With document_attention: cut documents into pieces of so many tokens that do not see each
     other; 0 = off."""
 
+    iha: Literal["off", "fused", "interleaved"] = "off"
+    """Heads mix before attention (interleaved head attention): "fused", by a matrix of head by head
+    folded into each projection (slowrun main); "interleaved", into pseudo-heads that stand side by
+    side in the sequence (slowrun #78)."""
+    iha_layers: str = "all"
+    """Layers that iha applies to: as in trainer/layer_pattern.py, or "short" for those with a
+    window, or "long" for the others."""
+    iha_fused: Literal["qkv", "qkvo"] = "qkv"
+    """Projections that iha = "fused" mixes."""
+    iha_pseudo_heads: Annotated[int, Field(ge=1, le=16)] = 2
+    """P, the pseudo-heads of a head under iha = "interleaved"; the sequence is P times as long."""
+    iha_init: Literal["first", "replicated"] = "first"
+    """Initial pseudo-heads: "first", the first one is the head and the others are zero (published;
+    not plain attention); "replicated", each is the head."""
+    iha_positions: Literal["pseudo", "token"] = "pseudo"
+    """Rotary position of pseudo-head p of token t: t P + p (published), or t."""
+    iha_mask: Literal["causal", "block"] = "causal"
+    """What a pseudo-token sees of its own token: pseudo-heads up to itself (published), or all.
+    Replicated, with positions and windows by "token", "block" begins as plain attention."""
+    iha_windows: Literal["flops", "tokens"] = "flops"
+    """A window in interleaved layers: "flops", window / P pseudo-tokens, as much work as the plain
+    window (published); "tokens", as many tokens as the plain window."""
+    iha_collapse: Literal["own", "all"] = "own"
+    """What a head becomes: a sum of its own pseudo-heads (published), or of those of all heads (the
+    paper)."""
+    iha_product: Literal["heads", "weights"] = "heads"
+    """How queries and keys of pseudo-heads are made: by mixing the projected heads, or by one
+    projection with mixed weights, P times as wide, which moves less memory for more operations.
+    The same numbers but for rounding."""
+    qk_norm: Literal["before_rope", "after_rope"] = "before_rope"
+    """Whether queries and keys are normalised before they rotate or after. A rotation keeps the
+    norm, so that only the rounding differs."""
+
     @model_validator(mode="after")
     def _shapes_divide(self) -> Self:
         faults = []
@@ -238,6 +272,7 @@ class ModelConfig(Settings):
         faults += self._faults_of_layers() + self._faults_of_techniques() + self._faults_of_loops()
         faults += self._faults_of_recurrence() + self._faults_of_parallel()
         faults += self._faults_of_slowrun_parts()
+        faults += faults_of_iha(self)
         return raise_together(self, faults)
 
     def _faults_of_layers(self) -> list[str]:
@@ -597,3 +632,21 @@ class ModelConfig(Settings):
     def embeds_values(self, layer: int) -> bool:
         """Whether value embeddings join this layer."""
         return layer in select_layers(self.value_embed_layers, self.num_layers)
+
+    def iha_of(self, layer: int) -> Literal["off", "fused", "interleaved"]:
+        """How the heads of a layer mix. What stands behind the last layer is as "all" and "long"
+        have it."""
+        is_behind = layer >= self.num_layers and self.iha_layers in ("all", "long")
+        return self.iha if is_behind or layer in iha_layers(self) else "off"
+
+    def pseudo_window_of(self, layer: int) -> int | None:
+        """The window of an interleaved layer, in pseudo-tokens, or in tokens under iha_mask =
+        "block"; None = all."""
+        window = self.window_of(layer)
+        return None if window is None else pseudo_window(self, window)
+
+    @property
+    def positions_per_token(self) -> int:
+        """Rotary positions that a token takes in interleaved layers."""
+        is_pseudo = self.iha == "interleaved" and self.iha_positions == "pseudo"
+        return self.iha_pseudo_heads if is_pseudo else 1

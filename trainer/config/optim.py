@@ -70,6 +70,8 @@ class OptimConfig(Settings):
     """MuonEq-R: rows of the momentum are brought to norm 1 before they are orthogonalised."""
     muon_row_eps: PositiveFloat = 1e-7
     """A row's norm counts as at least this under muon_row_normalize."""
+    iha_lr: PositiveFloat = 0.02
+    """Adam learning rate of the mixes of heads (model.iha), without weight decay."""
     orthogonalization: Literal["newton_schulz", "polar_express", "gram", "turbo"] = "newton_schulz"
     """"newton_schulz": one polynomial, muon_backend_steps times. "polar_express": a polynomial of
     its own for each iteration. "gram": such polynomials worked out on the short side of matrices

@@ -68,10 +68,31 @@ class TrainConfig(Settings):
                 f"model.num_layers = {self.model.num_layers}; lower it"
             )
         faults.extend(self._calibration_faults())
+        faults.extend(self._iha_faults())
         faults.extend(self._recurrence_faults())
         faults.extend(self._kernel_faults())
         faults.extend(self._ttt_faults())
         return raise_together(self, faults)
+
+    def _iha_faults(self) -> list[str]:
+        if self.model.iha == "fused":
+            setting, remedy = 'model.iha = "fused"', "model.iha = interleaved"
+        elif self.model.iha == "interleaved" and self.model.iha_product == "weights":
+            setting, remedy = 'model.iha_product = "weights"', "model.iha_product = heads"
+        else:
+            return []
+        faults = []
+        if self.quantize.method == "gptq":
+            faults.append(
+                f'quantize.method = "gptq" sees no inputs of matrices that {setting} mixes before '
+                f"use; set another quantize.method, or {remedy}"
+            )
+        if self.evaluate.ttt == "documents" and self.model.iha == "interleaved":
+            faults.append(
+                f'evaluate.ttt = "documents" adapts projected heads, which {setting} does not '
+                f"have; set evaluate.ttt = off, or {remedy}"
+            )
+        return faults
 
     def _calibration_faults(self) -> list[str]:
         seconds, reserve = self.budget.train_seconds, self.quantize.reserve_seconds

@@ -22,8 +22,7 @@ from trainer.model.adapters import VisitAdapters
 from trainer.model.gate import HeadGate
 from trainer.model.linear import Linear
 from trainer.model.lora import adapt
-from trainer.model.norm import rms_norm
-from trainer.model.rotary import rotate
+from trainer.model.rotary import normed_then_turned, turned_then_normed
 from trainer.model.values import (
     LearnedExclusion,
     ValueEmbedScale,
@@ -54,6 +53,9 @@ class Context(NamedTuple):
     """Of every visit of a block, where a forward pass was given any."""
     adapters: VisitAdapters | None = None
     """Of the present visit."""
+    cos_SF: Tensor | None = None
+    """Of every pseudo-token of a row, where they have positions of their own."""
+    sin_SF: Tensor | None = None
 
     def attend(self, backend: Attend, q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor) -> Tensor:
         """Attention by `backend`, within documents where that is on."""
@@ -92,6 +94,9 @@ class SelfAttention(nn.Module):
             self.xsa, self._exclude = LearnedExclusion(config), keep_output
         self.value_proj: ValueProjection | None = None
         """Set by the model when all else has its initial weights."""
+        self._position = (
+            normed_then_turned if config.qk_norm == "before_rope" else turned_then_normed
+        )
         self.gate: HeadGate | None = None
         """Set by the model when all else has its initial weights."""
 
@@ -114,7 +119,7 @@ class SelfAttention(nn.Module):
         if self.gate is not None:
             out_BTHD = self.gate(out_BTHD, x_BTC)
         heads_BTC = out_BTHD.flatten(2)
-        out_BTC: Tensor = self.out(heads_BTC)
+        out_BTC = self._leave(heads_BTC)
         if lora:
             out_BTC = adapt(lora, "out", heads_BTC, out_BTC)
         if context.adapters is not None:
@@ -126,7 +131,7 @@ class SelfAttention(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         # One product of three matrices side by side: the weights stay separate parameters, but the
         # activations are read once, and once more in the backward pass (1 ms of 249 on an H200).
-        weight = torch.cat((self.q.weight, self.k.weight, self.v.weight)).to(x_BTC.dtype)
+        weight = self._qkv_weight(x_BTC.dtype)
         qkv = F.linear(x_BTC, weight)
         if lora:
             qkv = qkv + torch.cat([lora[name](x_BTC) for name in "qkv"], dim=-1)
@@ -134,6 +139,15 @@ class SelfAttention(nn.Module):
             parts = zip("qkv", torch.split(qkv, self._widths, dim=-1), strict=True)
             qkv = torch.cat([context.adapters.add(name, x_BTC, part) for name, part in parts], -1)
         return self._heads(qkv)
+
+    def _qkv_weight(self, dtype: torch.dtype) -> Tensor:
+        """The three matrices side by side, [H D + 2 K, C]."""
+        return torch.cat((self.q.weight, self.k.weight, self.v.weight)).to(dtype)
+
+    def _leave(self, heads_BTC: Tensor) -> Tensor:
+        """The output projection."""
+        out_BTC: Tensor = self.out(heads_BTC)
+        return out_BTC
 
     def _heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q_BTHD, k_BTGD, v_BTGD = (
@@ -160,10 +174,10 @@ class SelfAttention(nn.Module):
         dtype = v_BTGD.dtype
         cos_TF, sin_TF = context.cos_TF, context.sin_TF
         # The tables and the gain are fp32, so this chain is, too; it rounds once at its end.
-        q_BTHD = rotate(rms_norm(q_BTHD), cos_TF, sin_TF)
+        q_BTHD = self._position(q_BTHD, cos_TF, sin_TF)
         if gain_H is not None:
             q_BTHD = q_BTHD * gain_H[:, None]
-        k_BTGD = rotate(rms_norm(k_BTGD), cos_TF, sin_TF)
+        k_BTGD = self._position(k_BTGD, cos_TF, sin_TF)
         if self._offsets_keys:
             k_BTGD = offset_keys(k_BTGD)
         return context.attend(self._attend, q_BTHD.to(dtype), k_BTGD.to(dtype), v_BTGD)

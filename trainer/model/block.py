@@ -10,6 +10,7 @@ from trainer.attention import Attend
 from trainer.config import ModelConfig
 from trainer.model.attention import Context, SelfAttention
 from trainer.model.differential import DifferentialAttention
+from trainer.model.iha import FusedHeads, InterleavedHeads
 from trainer.model.lanes import build_lanes
 from trainer.model.mlp import MLP
 from trainer.model.norm import build_norm
@@ -29,8 +30,9 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, attend: Attend, layer: int) -> None:
         super().__init__()
-        attention = SelfAttention if config.diff_attention == "off" else DifferentialAttention
-        attn = attention(config, attend, layer)  # also where it is thrown away: it draws numbers
+        attn = _attention_of(config, layer)(
+            config, attend, layer
+        )  # also where it is thrown away: it draws numbers
         self.attn = attn if config.attends(layer) else None
         self.mlp = MLP(config)
         attn_scale, mlp_scale, resid_mix = block_scales(config)
@@ -155,6 +157,15 @@ class Block(nn.Module):
         if self.resid_lambdas is None:
             return x_BTC
         return self.resid_lambdas[addition].to(x_BTC.dtype) * x_BTC
+
+
+def _attention_of(config: ModelConfig, layer: int) -> type[SelfAttention]:
+    if config.diff_attention != "off":
+        return DifferentialAttention
+    kind = config.iha_of(layer)
+    if kind == "off":
+        return SelfAttention
+    return FusedHeads if kind == "fused" else InterleavedHeads
 
 
 def block_scales(config: ModelConfig) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter]:

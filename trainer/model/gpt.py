@@ -194,6 +194,9 @@ class GPT(nn.Module):
         context = Context(
             x_BTC, cos_TF, sin_TF, value_embed_BTK, is_noisy=is_noisy, all_adapters=visits
         )
+        if self.config.positions_per_token > 1:
+            cos_SF, sin_SF = self.rotary.of_pseudo_tokens(tokens_BT.size(1))
+            context = context._replace(cos_SF=cos_SF, sin_SF=sin_SF)
         if self.config.document_attention:
             documents = Documents(tokens_BT, self.config.bos_id, self.config.max_doc_len)
             context = context._replace(documents=documents)

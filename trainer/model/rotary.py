@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from trainer.config import ModelConfig
 from trainer.errors import ConfigError
+from trainer.model.norm import rms_norm
 
 
 class Rotary(nn.Module):
@@ -35,7 +36,8 @@ class Rotary(nn.Module):
         self._is_half = config.half_rope
         self._ntk_len = config.rope_ntk_len
         self._max_seq_len = max_seq_len
-        self._keep("", *self._tables(max_seq_len, self._base))
+        self._per_token = config.positions_per_token
+        self._keep("", *self._tables(max_seq_len * self._per_token, self._base))
         for length in {length for length in row_lengths if self._is_stretched(length)}:
             self._keep(f"_{length}", *self._tables(length, self._base_of(length)))
 
@@ -52,6 +54,11 @@ class Rotary(nn.Module):
         if hasattr(self, f"cos_{num_tokens}"):
             return getattr(self, f"cos_{num_tokens}"), getattr(self, f"sin_{num_tokens}")
         return self._tables(num_tokens, self._base_of(num_tokens), self.cos.device)
+
+    def of_pseudo_tokens(self, num_tokens: int) -> tuple[Tensor, Tensor]:
+        """cos and sin of the pseudo-tokens of a row that is not too long, fp32 [T P, F]."""
+        num_positions = num_tokens * self._per_token
+        return self.cos[:num_positions], self.sin[:num_positions]
 
     def _is_stretched(self, num_tokens: int) -> bool:
         return 0 < self._ntk_len < num_tokens
@@ -95,3 +102,13 @@ def rotate(x_BTHD: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
     if num_dims == x_BTHD.size(-1):
         return torch.cat(turned, dim=-1)
     return torch.cat((*turned, x_BTHD[..., num_dims:].to(turned[0].dtype)), dim=-1)
+
+
+def normed_then_turned(x_BTHD: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
+    """Queries or keys as attention compares them."""
+    return rotate(rms_norm(x_BTHD), cos_TF, sin_TF)
+
+
+def turned_then_normed(x_BTHD: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
+    """The same in the other order (nanochat, slowrun)."""
+    return rms_norm(rotate(x_BTHD, cos_TF, sin_TF))

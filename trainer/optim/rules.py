@@ -59,6 +59,7 @@ def param_rules(config: TrainConfig) -> tuple[ParamRule, ...]:
         ParamRule("blocks.*.resid_lambdas", "adam", RESID_LAMBDA_LR * optim.scalar_lr),
         *_recurrence_rules(config),
         *_slowrun_rules(config, "blocks.*"),
+        ParamRule("blocks.*.attn.iha.*", "adam", optim.iha_lr),
         ParamRule("blocks.*.attn.gate.*", *_gates(config)),
         *_late_rules(config),
         ParamRule("blocks.*.weight", "muon", optim.matrix_lr, optim.weight_decay),

@@ -50,6 +50,7 @@ def kept_rules(config: QuantizeConfig) -> tuple[StoreRule, ...]:
         StoreRule("*_smear.gate", "float32"),
         StoreRule("*.value_residual.*", "float32"),
         StoreRule("*.lambda_??", "float32"),
+        StoreRule("*.iha.*", "float32"),
         *([StoreRule("*gate*", f"int{config.gate_bits}")] if config.gate_bits else []),
         StoreRule("*", "float16", max_numel=config.keep_float_max_numel),
     )
