@@ -23,7 +23,11 @@ from trainer.errors import BackendError, ConfigError
 from trainer.kernels import choice
 from trainer.kernels import mlp as mlp_kernels
 from trainer.kernels.choice import choose_kernel
-from trainer.kernels.cross_entropy import softcapped_ce, softcapped_cross_entropy
+from trainer.kernels.cross_entropy import (
+    softcapped_ce,
+    softcapped_ce_backward,
+    softcapped_cross_entropy,
+)
 from trainer.kernels.mlp import fused_mlp, norm_linear
 from trainer.model.gpt import GPT
 from trainer.model.mlp import MLP
@@ -135,6 +139,16 @@ def test_operators_keep_the_contract_of_custom_operators() -> None:
         )
     torch.library.opcheck(mlp_kernels.norm_linear_op, (x, up, 1.0), test_utils=checks)
     torch.library.opcheck(softcapped_ce, (x, torch.arange(4), 15.0), test_utils=checks)
+
+
+def test_operators_of_the_backward_passes_keep_it_too() -> None:
+    x, hidden, down = random((4, 6), (4, 8), (6, 8))
+    for operator, inputs in (
+        (mlp_kernels.inverse_rms, (x.bfloat16(),)),
+        (mlp_kernels.mlp_d_pre, (x, down, hidden, 0.5, False)),
+        (softcapped_ce_backward, (x[:, 0].contiguous(), x, torch.arange(4), x[:, 1], 15.0)),
+    ):
+        torch.library.opcheck(operator, inputs, test_utils=("test_schema", "test_faketensor"))
 
 
 def build(**switches: Any) -> GPT:

@@ -9,135 +9,66 @@ kept 0.5 and took about 3.5. The published runs had their text in CaseOps: make 
 `caddie data prepare --caseops`. Weights are packed by role with brotli, not lrzip.
 """
 
-from trainer.config import (
-    AverageConfig,
-    CompressConfig,
-    DataConfig,
-    EvaluateConfig,
-    ModelConfig,
-    OptimConfig,
-    QuantizeConfig,
-    RuntimeConfig,
-    ScheduleConfig,
-    TrainConfig,
-)
+from trainer.config import TrainConfig
+from trainer.recipes.april import WORKER_TOKENS, april
 
 PUBLISHED_STEPS = 4931
 """Steps of the published runs in their 599 s."""
-WORKER_TOKENS = 98_304
-"""Tokens of a step on each of eight workers."""
 
 
 def frontier() -> TrainConfig:
     """11 layers, width 512, 17 visits, two lanes from layer 8, 8192 pieces, GPTQ int6."""
-    return TrainConfig(
-        model=_model(),
-        optim=_optim(),
-        schedule=ScheduleConfig(
-            warmdown="fraction", warmdown_frac=0.85, min_lr=0.1, recur_start=0.35
-        ),
-        data=DataConfig(
-            seq_len=2048,
-            batch_tokens=8 * WORKER_TOKENS,
-            micro_batch_tokens=WORKER_TOKENS,
-            loader="document",
-        ),
-        quantize=QuantizeConfig(
-            scheme="int6",
-            embed_bits=7,
-            method="gptq",
-            calibration="train",
-            calibration_tokens=16 * WORKER_TOKENS,
-            reserve_seconds=4.0,
-            damping=0.01,
-            act_order=True,
-            clip="sigma",
-            clip_sigmas=12.85,
-            mlp_clip_sigmas=11.5,
-            attn_clip_sigmas=13.0,
-            embed_clip_sigmas=14.0,
-            gate_bits=8,
-            low_rank="asymmetric",
-            low_rank_rank=4,
-            low_rank_top_k=3,
-            low_rank_group=64,
-        ),
-        compress=CompressConfig(
-            codec="brotli", level=11, byte_shuffle=True, grouping="role_sorted"
-        ),
-        evaluate=_evaluate(),
-        runtime=RuntimeConfig(seed=42, log_every=10),
-        average=AverageConfig(kind="ema", decay=0.9965),
-    )
-
-
-def _model() -> ModelConfig:
-    return ModelConfig(
-        vocab_size=8192,
-        num_layers=11,
-        model_dim=512,
-        num_heads=8,
-        num_kv_heads=4,
-        mlp_mult=4.0,
-        qk_gain_init=5.0,
-        leaky_slope=0.5,
-        matrix_init="orthogonal",
-        ln_scale=True,
-        gated_skips=True,
-        smear="token",
-        smear_gate_dim=12,
-        document_attention=True,
-        max_doc_len=2048,
-        xsa_last_n=11,
-        rope_dims=16,
-        attn_gate="sparse",
-        attn_gate_dim=12,
-        attn_gate_scale=0.5,
-        recur_visits=3,
-        recur_first=3,
-        recur_last=5,
-        parallel="lanes",
-        parallel_start=8,
-        parallel_merge="mean",
-        parallel_factors="all",
-    )
-
-
-def _evaluate() -> EvaluateConfig:
-    return EvaluateConfig(
-        seq_len=2048,
-        batch_tokens=524_288,
-        ttt="documents",
-        ttt_phases=3,
-        ttt_prefix_docs=2500,
-        ttt_doc_chunk_tokens=48,
-        ttt_doc_batch=64,
-        ttt_lora_rank=80,
-        ttt_lora_alpha=144.0,
-        ttt_lora_lr=1e-4,
-        ttt_lora_beta2=0.99,
-        ttt_lora_weight_decay=0.5,
-        ttt_lora_warm_start=True,
-        ttt_global_lr=0.001,
-    )
-
-
-def _optim() -> OptimConfig:
-    return OptimConfig(
-        matrix_lr=0.026,
-        scalar_lr=0.02,
-        tied_embed_lr=0.03,
-        muon_row_normalize=True,
-        orthogonalization="polar_express",
-        muon_momentum=0.97,
-        muon_momentum_warmup_start=0.92,
-        muon_momentum_warmup_frac=1500 / PUBLISHED_STEPS,
-        muon_backend_steps=5,
-        muon_comm="reduce_scatter",
-        adam_beta1=0.9,
-        adam_beta2=0.99,
-        weight_decay=0.095,
-        scalar_weight_decay=0.02,
-        embed_weight_decay=0.085,
-        grad_clip_norm=0.3,
+    return april().with_overrides(
+        {
+            "model.qk_gain_init": 5.0,
+            "model.smear": "token",
+            "model.smear_gate_dim": 12,
+            "model.document_attention": True,
+            "model.max_doc_len": 2048,
+            "model.xsa_last_n": 11,
+            "model.attn_gate": "sparse",
+            "model.attn_gate_dim": 12,
+            "model.attn_gate_scale": 0.5,
+            "model.parallel": "lanes",
+            "model.parallel_start": 8,
+            "model.parallel_merge": "mean",
+            "model.parallel_factors": "all",
+            "optim.matrix_lr": 0.026,
+            "optim.orthogonalization": "polar_express",
+            "optim.muon_momentum": 0.97,
+            "optim.muon_momentum_warmup_frac": 1500 / PUBLISHED_STEPS,
+            "optim.muon_comm": "reduce_scatter",
+            "optim.adam_beta2": 0.99,
+            "schedule.warmdown_frac": 0.85,
+            "schedule.min_lr": 0.1,
+            "schedule.recur_start": 0.35,
+            "data.loader": "document",
+            "quantize.embed_bits": 7,
+            "quantize.mlp_clip_sigmas": 11.5,
+            "quantize.attn_clip_sigmas": 13.0,
+            "quantize.embed_clip_sigmas": 14.0,
+            "quantize.gate_bits": 8,
+            "quantize.low_rank": "asymmetric",
+            "quantize.low_rank_rank": 4,
+            "quantize.low_rank_top_k": 3,
+            "quantize.low_rank_group": 64,
+            "quantize.calibration_tokens": 16 * WORKER_TOKENS,
+            "quantize.reserve_seconds": 4.0,
+            "compress.grouping": "role_sorted",
+            "evaluate.ttt": "documents",
+            "evaluate.ttt_phases": 3,
+            "evaluate.ttt_prefix_docs": 2500,
+            "evaluate.ttt_doc_chunk_tokens": 48,
+            "evaluate.ttt_doc_batch": 64,
+            "evaluate.ttt_lora_rank": 80,
+            "evaluate.ttt_lora_alpha": 144.0,
+            "evaluate.ttt_lora_lr": 1e-4,
+            "evaluate.ttt_lora_beta2": 0.99,
+            "evaluate.ttt_lora_weight_decay": 0.5,
+            "evaluate.ttt_lora_warm_start": True,
+            "evaluate.ttt_global_lr": 0.001,
+            "runtime.seed": 42,
+            "average.kind": "ema",
+            "average.decay": 0.9965,
+        }
     )

@@ -20,119 +20,49 @@ nowhere; "all" uses them. What else its author tried, each a switch: schedule.re
 "biased" with model.attn_gate_bias_init = 1.
 """
 
-from trainer.config import (
-    CompressConfig,
-    DataConfig,
-    EvaluateConfig,
-    ModelConfig,
-    OptimConfig,
-    QatLiteConfig,
-    QuantizeConfig,
-    RuntimeConfig,
-    ScheduleConfig,
-    TrainConfig,
-)
+from trainer.config import TrainConfig
+from trainer.recipes.april import WORKER_TOKENS, april
 
 PUBLISHED_STEPS = 4000
 """Steps in the published time, by the step times that its author reports: 4,860 without recurrence,
 3,886 with it from 0.35 on; here it begins at 0.42."""
-WORKER_TOKENS = 98_304
-"""Tokens of a step on each of eight workers: 48 rows."""
 
 
 def pr1894() -> TrainConfig:
     """11 layers, width 512, 17 visits, 8192 pieces, GPTQ int6 + brotli."""
-    return TrainConfig(
-        model=_model(),
-        optim=_optim(),
-        schedule=ScheduleConfig(warmdown="fraction", warmdown_frac=0.72, recur_start=0.42),
-        data=DataConfig(
-            seq_len=2048,
-            batch_tokens=8 * WORKER_TOKENS,
-            micro_batch_tokens=WORKER_TOKENS,
-            loader="sequential",
-        ),
-        quantize=QuantizeConfig(
-            scheme="int6",
-            embed_bits=8,
-            method="gptq",
-            calibration="train",
-            calibration_tokens=64 * WORKER_TOKENS,
-            reserve_seconds=12.0,
-            damping=0.01,
-            act_order=True,
-            clip="sigma",
-            clip_sigmas=12.85,
-            embed_clip_sigmas=20.0,
-            control_bits=8,
-            scale_bits=8,
-        ),
-        compress=CompressConfig(codec="brotli", level=11, byte_shuffle=True),
-        evaluate=EvaluateConfig(
-            seq_len=2048,
-            stride=64,
-            batch_tokens=524_288,
-            ttt="chunks",
-            ttt_chunk_tokens=32_768,
-            ttt_epochs=3,
-            ttt_lr=0.005,
-            ttt_momentum=0.9,
-        ),
-        runtime=RuntimeConfig(seed=1337, log_every=10),
-        qat_lite=QatLiteConfig(
-            kind="squared",
-            strength=0.02,
-            bits=6,
-            clip_sigmas=12.85,
-            targets="qk",
-            first_layer=7,
-            start=0.55,
-            every=4,
-        ),
-    )
-
-
-def _model() -> ModelConfig:
-    return ModelConfig(
-        vocab_size=8192,
-        num_layers=11,
-        model_dim=512,
-        num_heads=8,
-        num_kv_heads=4,
-        mlp_mult=4.0,
-        qk_gain_init=5.25,
-        leaky_slope=0.5,
-        matrix_init="orthogonal",
-        ln_scale=True,
-        layer_scale=True,
-        gated_skips=True,
-        rope_dims=16,
-        recur_visits=3,
-        recur_first=3,
-        recur_last=5,
-        recur_skips="plain",
-        recur_blend="ab",
-        recur_a_init=1.0,
-        recur_b_init=0.0,
-        parallel="joint",
-        parallel_start=7,
-    )
-
-
-def _optim() -> OptimConfig:
-    return OptimConfig(
-        matrix_lr=0.022,
-        scalar_lr=0.02,
-        tied_embed_lr=0.03,
-        muon_row_normalize=True,
-        muon_momentum=0.99,
-        muon_momentum_warmup_start=0.92,
-        muon_momentum_warmup_frac=1500 / PUBLISHED_STEPS,
-        muon_backend_steps=5,
-        adam_beta1=0.9,
-        adam_beta2=0.95,
-        weight_decay=0.095,
-        scalar_weight_decay=0.02,
-        embed_weight_decay=0.085,
-        grad_clip_norm=0.3,
+    return april().with_overrides(
+        {
+            "model.qk_gain_init": 5.25,
+            "model.layer_scale": True,
+            "model.recur_skips": "plain",
+            "model.recur_blend": "ab",
+            "model.recur_a_init": 1.0,
+            "model.recur_b_init": 0.0,
+            "model.parallel": "joint",
+            "model.parallel_start": 7,
+            "optim.matrix_lr": 0.022,
+            "optim.muon_momentum": 0.99,
+            "optim.muon_momentum_warmup_frac": 1500 / PUBLISHED_STEPS,
+            "schedule.warmdown_frac": 0.72,
+            "schedule.recur_start": 0.42,
+            "quantize.embed_bits": 8,
+            "quantize.embed_clip_sigmas": 20.0,
+            "quantize.control_bits": 8,
+            "quantize.scale_bits": 8,
+            "quantize.calibration_tokens": 64 * WORKER_TOKENS,
+            "evaluate.stride": 64,
+            "evaluate.ttt": "chunks",
+            "evaluate.ttt_chunk_tokens": 32_768,
+            "evaluate.ttt_epochs": 3,
+            "evaluate.ttt_lr": 0.005,
+            "evaluate.ttt_momentum": 0.9,
+            "qat_lite.kind": "squared",
+            "qat_lite.strength": 0.02,
+            "qat_lite.bits": 6,
+            "qat_lite.clip_sigmas": 12.85,
+            "qat_lite.targets": "qk",
+            "qat_lite.first_layer": 7,
+            "qat_lite.start": 0.55,
+            "qat_lite.every": 4,
+        }
     )
