@@ -201,7 +201,7 @@ class Scheduler:
         """Why the sweep asks for no more trials, in a sentence; None while it does."""
         if self._ending is None:
             return None
-        return self._ending.value.format(count=self._streak.length)
+        return self._ending.value.format(**vars(self._streak))
 
     # --- a turn -----------------------------------------------------------------------------
 

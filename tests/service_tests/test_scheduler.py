@@ -228,10 +228,12 @@ def test_a_trial_that_keeps_failing_is_told_fail_and_another_is_asked(tmp_path: 
 
 
 def test_a_defect_that_fails_every_trial_ends_the_sweep(tmp_path: Path) -> None:
-    sweep = Sweep(tmp_path, lambda spec: BREAKS, slots=1, max_failures=3, space=plain_space(3))
+    """Proposals that are rejected in between, here a model far too large, change nothing of it."""
+    depths = plain_space(3, 8, 4, 2)
+    sweep = Sweep(tmp_path, lambda spec: BREAKS, slots=1, max_failures=3, space=depths)
     sweep.run()
-    assert sweep.states() == ["FAIL"] * 3
-    assert (sweep.scheduler.ending or "").startswith("the last 3 trials all failed")
+    assert sweep.states() == ["FAIL", "PRUNED", "FAIL", "FAIL"]
+    assert (sweep.scheduler.ending or "").startswith("the last 3 launched trials all failed")
     assert sweep.scheduler.status().ending == sweep.scheduler.ending
 
 

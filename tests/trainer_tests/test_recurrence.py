@@ -26,7 +26,7 @@ from trainer.distributed import Group
 from trainer.errors import ConfigError
 from trainer.evaluate.bits_per_byte import evaluate
 from trainer.loop import Run, train
-from trainer.model.adapters import Adapters
+from trainer.model.attention import Context
 from trainer.model.gpt import GPT
 from trainer.optim import build_optimizer
 from trainer.quantize import dequantize
@@ -289,13 +289,13 @@ def configure(data_dir: Path) -> Callable[..., TrainConfig]:
 def recorded_visits(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """Visits of every forward pass that makes gradients, and of every other as a negative."""
     seen: list[int] = []
-    run_blocks = GPT._hidden
+    run_blocks = GPT._unet
 
-    def spy(self: GPT, tokens: Tensor, adapters: Adapters | None) -> Tensor:
+    def spy(self: GPT, x_BTC: Tensor, context: Context) -> Tensor:
         seen.append(self.visits_now if torch.is_grad_enabled() else -self.visits_now)
-        return run_blocks(self, tokens, adapters)
+        return run_blocks(self, x_BTC, context)
 
-    monkeypatch.setattr(GPT, "_hidden", spy)
+    monkeypatch.setattr(GPT, "_unet", spy)
     yield seen
 
 
