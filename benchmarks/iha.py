@@ -1,11 +1,28 @@
-"""Times a model's pass forward and backward with plain, fused and interleaved heads, side by side.
+"""Plain, fused and interleaved heads side by side: one pass at full size, or whole short runs.
 
-    python -m benchmarks.iha --out benchmarks/results/iha.json
+(a) A training pass, forward and backward, of slowrun_pr78 at full size in one micro-batch of four
+    rows of 2048, as published; one GPU, medians, peak memory, each variant after the other:
 
-The shape is that of slowrun #78 unless told otherwise: 30 layers of width 1792, windows SSSL of
-half a row. The published ratios of whole steps are 1.00, 1.03 and 1.76; a step also has the
-optimiser, once for eight such passes. By CUDA events, compiled, in bf16 where there is a GPU; eager
-in fp32 elsewhere. What fails is recorded with its error, and the rest goes on.
+    python3 -m benchmarks.iha pass --out benchmarks/results/iha_pass.json \\
+        --variants plain fused interleaved
+
+    Compiling takes minutes a variant. --visits 3 is the second half of the run, with layers
+    repeated; --rows and --set path=value change the rest. The published ratios of whole steps are
+    1.00, 1.03 and 1.76; a step also has the optimiser, once for eight such passes.
+
+(b) Runs of slowrun_gpu by the clock and by the number of steps, every seed; on a machine with
+    several GPUs as many at a time as --parallel says. Golf shards; the vocabulary is the
+    tokenizer's:
+
+    python3 -m benchmarks.iha train --data DIR --equal time --seconds 120 --seeds 1 2 \\
+        --parallel 8 --set model.vocab_size=1024 --out benchmarks/results/iha_time.json
+    python3 -m benchmarks.iha train --data DIR --equal epochs --steps 400 --seeds 1 2 \\
+        --parallel 8 --set model.vocab_size=1024 --out benchmarks/results/iha_epochs.json
+
+    400 steps are 52 million tokens; take about those that plain heads made in the first call. The
+    learning rate, repeats and cycles follow the clock in the one and the steps in the other.
+
+What fails is recorded with its error, and the rest goes on. Eager in fp32 where there is no GPU.
 """
 
 from __future__ import annotations
@@ -19,25 +36,27 @@ from typing import Any
 
 import torch
 
+from benchmarks.iha_training import add_arguments, train_variants
 from benchmarks.timing import median_seconds
 from benchmarks.training import machine
 from trainer.account import count_parameters, flops_per_token
-from trainer.attention import select_backend
-from trainer.config import ModelConfig
-from trainer.model.gpt import GPT
+from trainer.config import TrainConfig, parse_overrides
+from trainer.distributed import Group
+from trainer.recipes import RECIPES
+from trainer.workspace import build_model
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "fused": {"iha": "fused"},
-    "interleaved": {"iha": "interleaved"},
-    "interleaved, mixed weights": {"iha": "interleaved", "iha_product": "weights"},
-    "interleaved, long layers plain": {"iha": "interleaved", "iha_layers": "short"},
+    "plain": {"model.iha": "off"},
+    "fused": {"model.iha": "fused"},
+    "interleaved": {"model.iha": "interleaved"},
+    "mixed weights": {"model.iha": "interleaved", "model.iha_product": "weights"},
+    "long layers plain": {"model.iha": "interleaved", "model.iha_layers": "short"},
     "no-op start": {
-        "iha": "interleaved",
-        "iha_init": "replicated",
-        "iha_positions": "token",
-        "iha_mask": "block",
-        "iha_windows": "tokens",
+        "model.iha": "interleaved",
+        "model.iha_init": "replicated",
+        "model.iha_positions": "token",
+        "model.iha_mask": "block",
+        "model.iha_windows": "tokens",
     },
 }
 
@@ -45,56 +64,54 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def main() -> None:
     """Measure every variant and write the figures."""
     arguments = _arguments()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     record: dict[str, Any] = {"command": sys.argv, **machine(), "rows": []}
-    print(f"{'variant':32s} {'ms':>10s} {'/ plain':>8s} {'GiB':>7s}", flush=True)
+    if arguments.what == "train":
+        train_variants(arguments, VARIANTS, record)
+    else:
+        _time_passes(arguments, record)
+
+
+def _time_passes(arguments: argparse.Namespace, record: dict[str, Any]) -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # as a training run sets it
+    print(f"{'variant':20s} {'ms':>10s} {'/ first':>8s} {'GiB':>7s}", flush=True)
     for name in arguments.variants:
         row = {"variant": name, **_measure(name, arguments, device)}
         record["rows"].append(row)
-        plain_ms = record["rows"][0]["ms"]
-        row["ratio"] = row["ms"] / plain_ms if row["ms"] and plain_ms else None
+        first_ms = record["rows"][0]["ms"]
+        row["ratio"] = row["ms"] / first_ms if row["ms"] and first_ms else None
         _print_row(row)
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
-    parser.add_argument("--layers", type=int, default=30)
-    parser.add_argument("--width", type=int, default=1792)
-    parser.add_argument("--heads", type=int, default=14)
-    parser.add_argument("--pseudo-heads", type=int, default=2)
-    parser.add_argument("--vocab", type=int, default=50_304)
-    parser.add_argument("--length", type=int, default=2048, help="tokens in a row")
-    parser.add_argument("--rows", type=int, default=4)
-    parser.add_argument("--repeats", type=int, default=20)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="what", required=True)
+    one_pass = commands.add_parser("pass", help="one training pass of each variant")
+    one_pass.add_argument("--recipe", choices=RECIPES, default="slowrun_pr78")
+    one_pass.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    one_pass.add_argument("--rows", type=int, default=4, help="rows of a micro-batch")
+    one_pass.add_argument("--visits", type=int, default=1, help="of the layers that repeat")
+    one_pass.add_argument("--repeats", type=int, default=20)
+    runs = commands.add_parser("train", help="whole runs of each variant")
+    runs.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS)[:3])
+    add_arguments(runs)
+    for command in (one_pass, runs):
+        command.add_argument("--out", type=Path, required=True)
+        command.add_argument("--set", action="append", default=[], help="PATH=VALUE for all")
     return parser.parse_args()
 
 
-def _config(name: str, arguments: argparse.Namespace) -> ModelConfig:
-    interleaved = VARIANTS[name].get("iha") == "interleaved"
-    return ModelConfig(
-        vocab_size=arguments.vocab,
-        num_layers=arguments.layers,
-        model_dim=arguments.width,
-        num_heads=arguments.heads,
-        num_kv_heads=arguments.heads,
-        mlp_mult=4.0,
-        tie_embeddings=False,
-        window=arguments.length // 2,
-        window_layers="SSSL",
-        **VARIANTS[name],
-        **({"iha_pseudo_heads": arguments.pseudo_heads} if interleaved else {}),
-    )
-
-
 def _measure(name: str, arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    config = _config(name, arguments)
+    overrides = {**VARIANTS[name], **parse_overrides(arguments.set)}
+    config = RECIPES[arguments.recipe].build().with_overrides(overrides)
     row: dict[str, Any] = {
-        "parameters": count_parameters(config),
-        "flops_per_token": flops_per_token(config, arguments.length),
+        "parameters": count_parameters(config.model),
+        "flops_per_token": flops_per_token(config.model, config.data.seq_len),
         "ms": None,
         "peak_gib": None,
         "error": None,
@@ -112,21 +129,23 @@ def _measure(name: str, arguments: argparse.Namespace, device: torch.device) -> 
 
 
 def _milliseconds(
-    config: ModelConfig, arguments: argparse.Namespace, device: torch.device
+    config: TrainConfig, arguments: argparse.Namespace, device: torch.device
 ) -> float:
+    """Of a pass of the training loss, dropout and the extra block included."""
     torch.compiler.reset()  # every variant compiles anew, and the library bounds how often
     torch.manual_seed(0)
-    attend = select_backend("auto", device.type, lambda line: None, windowed=True)
-    with device:
-        model = GPT(config, attend, arguments.length)
-        shape = (arguments.rows, arguments.length)
-        tokens, targets = (torch.randint(config.vocab_size, shape) for _ in range(2))
+    model = build_model(config, Group(device), lambda line: print(f"  {line}", flush=True))
+    shape = (arguments.rows, config.data.seq_len)
+    tokens, targets = (
+        torch.randint(config.model.vocab_size, shape, device=device) for _ in range(2)
+    )
     is_gpu = device.type == "cuda"
-    model.compute_dtype = torch.bfloat16 if is_gpu else torch.float32
     forward = torch.compile(model, fullgraph=True, dynamic=False) if is_gpu else model
 
     def forward_and_backward() -> None:
-        forward(tokens, targets).backward()
+        with model.visiting(arguments.visits):
+            forward(tokens, targets, reduction="objective").backward()
+        model.zero_grad(set_to_none=False)
 
     return 1000 * median_seconds(forward_and_backward, arguments.repeats, device)
 
@@ -134,7 +153,7 @@ def _milliseconds(
 def _print_row(row: dict[str, Any]) -> None:
     figures = (row["ms"], row["ratio"], row["peak_gib"])
     ms, ratio, gib = ("-" if number is None else f"{number:.3f}" for number in figures)
-    print(f"{row['variant']:32s} {ms:>10s} {ratio:>8s} {gib:>7s}", flush=True)
+    print(f"{row['variant']:20s} {ms:>10s} {ratio:>8s} {gib:>7s}", flush=True)
     if row["error"]:
         print(f"  {row['error']}", flush=True)
 

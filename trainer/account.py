@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 
 from trainer.config import ModelConfig
+from trainer.config.next_token import config_of_block
 
 Table = dict[str, tuple[int, ...]]
 
@@ -70,19 +71,8 @@ def _next_token_block(model: ModelConfig) -> Table:
     """The extra block of multi-token prediction."""
     if not model.mtp_weight:
         return {}
-    off = {
-        "num_layers": model.num_layers + 1,
-        "resid_mix": "none",
-        "value_residual": "off",
-        "value_embed_layers": "",
-        "value_proj_layers": "",
-        "xsa_last_n": 0,
-        "recur_visits": 1,
-        "parallel": "off",
-        "no_attention_layers": "",
-    }
     merge: Table = {"merge.weight": (model.model_dim, 2 * model.model_dim)}
-    block = _under("block", _block(model.model_copy(update=off), model.num_layers))
+    block = _under("block", _block(config_of_block(model), model.num_layers))
     return _under("mtp", merge | block)
 
 
@@ -229,7 +219,8 @@ def flops_per_token(model: ModelConfig, seq_len: int) -> float:
         for layer in range(model.num_layers)
         if model.attends(layer)
     )
-    num_keys += _mean_keys(None, seq_len) if model.mtp_weight else 0
+    if model.mtp_weight:
+        num_keys += _keys_of_layer(config_of_block(model), model.num_layers, seq_len)
     maps = 2 if model.diff_attention == "full" else 1
     attention = 12 * model.model_dim * num_keys * maps
     return float(6 * _product_weights(model) + attention)
@@ -258,10 +249,13 @@ def _product_weights(model: ModelConfig) -> float:
     # The head, tied or not; the extra block goes through it, too.
     weights: float = model.table_rows * model.model_dim * (2 if model.mtp_weight else 1)
     for name, shape in parameter_table(model).items():
-        if name.startswith("blocks.") and ".iha." in name:
-            layer = int(name.split(".")[1])
+        if ".iha." in name:
+            layer, visits = model.num_layers, 1.0
+            if name.startswith("blocks."):
+                layer = int(name.split(".")[1])
+                visits = _visits(model, layer)
             if model.iha_of(layer) == "interleaved" and not _is_no_product(model, name):
-                weights += math.prod(shape) * model.head_dim * _visits(model, layer)
+                weights += math.prod(shape) * model.head_dim * visits
         elif ".lora." in name or (".repeats." in name and name.endswith(".weight")):
             weights += math.prod(shape)
         elif name.startswith("blocks.") and name.endswith(".weight"):

@@ -2,10 +2,10 @@
 
     p(y_t) = sum_k w_k softmax(logits_k)[y_t],  w_k = 1 / K  or proportional to 1 .. K
 
-The K checkpoints, newest last and heaviest, are the last ones of one for every epoch (or every
-evaluate.ensemble_every steps) and one of the weights at the end of training. They lie in the run's
-folder as fp32, whole; the clock stands while they are written. A mixture of distributions is a
-distribution, so the score is a fair one; but it belongs to K checkpoints and not to the artifact,
+The K checkpoints, newest last and heaviest, are the last ones of one for every epoch (or cycle, or
+every evaluate.ensemble_every steps) and one of the weights at the end of training. They lie in the
+run's folder as fp32, whole; the clock stands while they are written. A mixture of distributions is
+a distribution, so the score is a fair one; but it belongs to K checkpoints and not to the artifact,
 so it is reported beside the score.
 
 Only the probability of each target is kept, as a logarithm: passes over the checkpoints, batches
@@ -27,6 +27,7 @@ from trainer import checkpoint
 from trainer.errors import ArtifactError
 from trainer.evaluate import bits_per_byte
 from trainer.evaluate.scorer import EvalResult, LossModel
+from trainer.schedule import cycles_done
 from trainer.workspace import Workspace, load_weights
 
 WEIGHTS: dict[str, Callable[[int], list[float]]] = {
@@ -47,12 +48,22 @@ class Ensemble:
     steps: list[int] = field(default_factory=list)
     """Optimiser steps that each kept checkpoint had seen, oldest first."""
     last: int = 0
-    """Epoch, or number of whole intervals, at the last step that was looked at."""
+    """Number of whole epochs, cycles or intervals at the last step that was looked at."""
 
-    def is_due(self, steps: int) -> bool:
-        """Whether an epoch, or evaluate.ensemble_every steps, ended with the step before."""
-        every = self.work.config.evaluate.ensemble_every
-        before, self.last = self.last, steps // every if every else int(self.work.loader.epoch)
+    def is_due(self, steps: int, progress: float) -> bool:
+        """Whether an epoch, a cycle, or evaluate.ensemble_every steps ended with the step before.
+
+        Args:
+            progress: share of the budget that is spent.
+        """
+        config = self.work.config
+        before = self.last
+        if config.evaluate.ensemble_every:
+            self.last = steps // config.evaluate.ensemble_every
+        elif config.evaluate.ensemble_at == "cycles":
+            self.last = cycles_done(config.schedule, progress)
+        else:
+            self.last = int(self.work.loader.epoch)
         return self.last > before
 
     def take(self, steps: int) -> None:

@@ -311,15 +311,16 @@ class Run:
             if gate.near_cap:
                 self.kept = self._keep(gate.elapsed_s)
             self._take_average()
-            if self.ensemble is not None and self.ensemble.is_due(self.steps):
+            progress = self._progress(step, gate)
+            if self.ensemble is not None and self.ensemble.is_due(self.steps, progress):
                 self._collect(pacer.drain())
                 self._keep_for_ensemble()
             if self.state_file is not None and self.state_file.is_due(gate.elapsed_s):
                 self._collect(pacer.drain())
                 self._save_state()
-            self.unaveraged = self._progress(step, gate)
-            self._expect_phase(self.unaveraged)
-            pacer.launched(self._step(step, self.unaveraged))
+            self.unaveraged = progress
+            self._expect_phase(progress)
+            pacer.launched(self._step(step, progress))
             self.steps += 1
             if config.runtime.val_every and self.steps % config.runtime.val_every == 0:
                 self._collect(pacer.drain())

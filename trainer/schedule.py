@@ -45,6 +45,15 @@ def cycle_at(config: ScheduleConfig, progress: float) -> tuple[float, float] | N
     return begin, min(1.0, max(0.0, (progress - begin) / config.cycle_share))
 
 
+def cycles_done(config: ScheduleConfig, progress: float) -> int:
+    """Cycles that have ended by a share of the budget."""
+    cycle = cycle_at(config, progress)
+    if cycle is None:
+        return 0
+    first = 1.0 - config.cycles * config.cycle_share
+    return round((cycle[0] - first) / config.cycle_share) + (cycle[1] == 1.0)
+
+
 def step_seed(seed: int, step: int, rank: int) -> int:
     """What a step of a rank draws dropout and stochastic depth from, so that a resumed run draws
     the same again."""

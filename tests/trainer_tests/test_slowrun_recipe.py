@@ -22,17 +22,22 @@ RUN = RECIPES["slowrun_pr78"].build()
 
 
 def test_sizes_are_the_published_ones() -> None:
-    """The reference's counts, less what mixes heads: 31 times 3 * 14 * 14 numbers where that is
-    fused, 31 times 3 * 14 * 14 * 2 + 14 * 2 where heads interleave."""
-    plain = count_parameters(RUN.model)
-    assert plain + 31 * 588 == 1_443_722_775
-    assert plain + 31 * (3 * 14 * 14 * 2 + 14 * 2) == 1_443_741_871
-    table = parameter_table(RUN.model)
+    """The reference's counts, 3.1 with fused heads and 4b with interleaved ones."""
+    assert count_parameters(RUN.model) == 1_443_741_871
+    fused = RUN.with_overrides({"model.iha": "fused"}).model
+    assert count_parameters(fused) == 1_443_722_775
+    table = parameter_table(fused)
     of = {
         prefix: sum(math.prod(s) for n, s in table.items() if n.startswith(prefix))
         for prefix in ("head.", "tok_emb.", "mtp.")
     }
-    assert of == {"head.": 90_144_768, "tok_emb.": 90_144_768, "mtp.": 45_417_204 - 588}
+    assert of == {"head.": 90_144_768, "tok_emb.": 90_144_768, "mtp.": 45_417_204}
+    blocks = sum(
+        math.prod(shape)
+        for name, shape in table.items()
+        if name.startswith("blocks.") and not name.endswith(("_factor", "value_proj.proj.weight"))
+    )
+    assert blocks == 1_169_847_000
     projections = [math.prod(s) for n, s in table.items() if "value_proj.proj" in n]
     assert (len(projections), sum(projections)) == (15, 48_168_960)
 
@@ -46,6 +51,8 @@ def test_the_optimiser_is_the_published_table() -> None:
         "blocks.4.keep_factor": ("adam", 0.00025, 0.0, 0.0),
         "blocks.4.embed_factor": ("adam", 0.025, 0.0, 0.96),
         "skip_weights": ("adam", 0.00025, 0.0, 0.0),
+        "blocks.4.attn.iha.q": ("adam", 0.02, 0.0, 0.0),
+        "mtp.block.attn.iha.collapse": ("adam", 0.02, 0.0, 0.0),
     }
     for name, want in wanted.items():
         rule = rules[name]

@@ -37,8 +37,11 @@ class EvaluateConfig(Settings):
     ensemble_size: PositiveInt = 3
     """Checkpoints in the ensemble, K: the last ones (slowrun: 3 in its hour, 11 in two)."""
     ensemble_every: Annotated[int, Field(ge=0)] = 0
-    """Steps between checkpoints of the ensemble; 0 = one at the end of every epoch. The weights at
-    the end of training are always the last one."""
+    """Steps between checkpoints of the ensemble; 0 = by ensemble_at. The weights at the end of
+    training are always the last one."""
+    ensemble_at: Literal["epochs", "cycles"] = "epochs"
+    """Ends of what a checkpoint of the ensemble is taken at: of every pass over the text, or of
+    every one of schedule.cycles, which a run by the clock has whatever the size of its text."""
     naive_ttt_epochs: Annotated[int, Field(ge=0)] = 0
     """Passes of SGD over the validation text before it is scored, as #675 did; 0 = off. Illegal on
     the golf tracks."""

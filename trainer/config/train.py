@@ -67,6 +67,12 @@ class TrainConfig(Settings):
                 f"qat_lite.first_layer = {self.qat_lite.first_layer} leaves none of "
                 f"model.num_layers = {self.model.num_layers}; lower it"
             )
+        by_cycle = self.evaluate.ensemble_at == "cycles" and not self.evaluate.ensemble_every
+        if self.evaluate.ensemble != "off" and by_cycle and not self.schedule.cycles:
+            faults.append(
+                'evaluate.ensemble_at = "cycles" has no checkpoints to take while schedule.cycles '
+                '= 0; raise it, or set evaluate.ensemble_at = "epochs"'
+            )
         faults.extend(self._calibration_faults())
         faults.extend(self._iha_faults())
         faults.extend(self._recurrence_faults())

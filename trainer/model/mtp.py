@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from trainer.attention import Attend
 from trainer.config import ModelConfig
+from trainer.config.next_token import config_of_block
 from trainer.model.attention import Context
 from trainer.model.block import Block
 from trainer.model.linear import Linear
@@ -49,23 +50,3 @@ class NextTokenBlock(nn.Module):
         """
         merged_BTC = self.merge(torch.cat((hidden_BTC, next_BTC), dim=-1))
         return rms_norm(self.block(merged_BTC, context)[0])
-
-
-def config_of_block(config: ModelConfig) -> ModelConfig:
-    """Settings under which a Block of the layer after the last is the extra one."""
-    off = {
-        "num_layers": config.num_layers + 1,
-        "resid_mix": "none",
-        "value_residual": "off",
-        "value_embed_dim": 0,
-        "value_embed_layers": "",
-        "value_proj_layers": "",
-        "window": 0,
-        "window_layers": "",
-        "xsa_last_n": 0,
-        "recur_visits": 1,
-        "parallel": "off",
-        "no_attention_layers": "",
-        "key_offset_layers": "",
-    }
-    return config.model_copy(update=off)

@@ -59,12 +59,9 @@ def param_rules(config: TrainConfig) -> tuple[ParamRule, ...]:
         ParamRule("blocks.*.resid_lambdas", "adam", RESID_LAMBDA_LR * optim.scalar_lr),
         *_recurrence_rules(config),
         *_slowrun_rules(config, "blocks.*"),
-        ParamRule("blocks.*.attn.iha.*", "adam", optim.iha_lr),
-        ParamRule("blocks.*.attn.gate.*", *_gates(config)),
         *_late_rules(config),
         ParamRule("blocks.*.weight", "muon", optim.matrix_lr, optim.weight_decay),
         *_slowrun_rules(config, "mtp.block"),
-        ParamRule("mtp.block.attn.gate.*", *_gates(config)),
         ParamRule("mtp.*.weight", "muon", optim.matrix_lr, optim.weight_decay),
         scalar("mtp.*"),
         scalar("blocks.*"),
@@ -99,7 +96,7 @@ def _gates(config: TrainConfig) -> tuple[Literal["muon", "adam"], float, float]:
 
 
 def _slowrun_rules(config: TrainConfig, blocks: str) -> tuple[ParamRule, ...]:
-    """Rows of what slowrun's blocks have (its table of AdamW groups)."""
+    """Rows of what slowrun's blocks have (its table of AdamW groups), the extra one too."""
     optim = config.optim
     mix_lr, xsa_lr = (lr or optim.scalar_lr for lr in (optim.mix_lr, optim.xsa_lr))
     return (
@@ -107,6 +104,8 @@ def _slowrun_rules(config: TrainConfig, blocks: str) -> tuple[ParamRule, ...]:
         ParamRule(f"{blocks}.keep_factor", "adam", optim.scalar_lr),
         ParamRule(f"{blocks}.attn.xsa.strength", "adam", xsa_lr),
         ParamRule(f"{blocks}.value_proj.gate.*", *_gates(config)),
+        ParamRule(f"{blocks}.attn.iha.*", "adam", optim.iha_lr),
+        ParamRule(f"{blocks}.attn.gate.*", *_gates(config)),
     )
 
 

@@ -41,6 +41,8 @@ SLOWRUN = (
     "equal neurons",
     "cautious decay",
     "cycles at the end",
+    "interleaved heads",
+    "checkpoint ensembles",
 )
 
 RECIPES: dict[str, Recipe] = {
@@ -151,7 +153,7 @@ RECIPES: dict[str, Recipe] = {
         ),
         Recipe(
             "slowrun_pr78",
-            "slowrun #78 without its interleaved heads (3.193 nats with them, on 8xH100)",
+            "slowrun #78 (3.193 nats of GPT-2 tokens, two runs, on 8xH100)",
             SLOWRUN,
             "slowrun-2h",
             slowrun_pr78,
