@@ -22,6 +22,7 @@ from trainer.compilations import on_compilation
 from trainer.config import TrainConfig
 from trainer.config.recurrence import visits_at
 from trainer.config.row_schedule import row_stages
+from trainer.config.window_stages import window_stage_at
 from trainer.distributed import Group, join_group
 from trainer.ensemble import Ensemble
 from trainer.evaluate.scorer import EvalResult
@@ -272,8 +273,10 @@ class Run:
             torch.manual_seed(step_seed(self.config.runtime.seed, step, self.work.group.rank))
         micro_batches = self.work.loader.next_step(progress)
         visits = visits_at(self.config.recur_phases, progress)
+        stage = window_stage_at(self.config.model.stages, progress)
         total = torch.zeros((), device=self.work.group.device)
-        with self.aware.weights(progress), self.work.model.visiting(visits):
+        model = self.work.model
+        with self.aware.weights(progress), model.visiting(visits), model.in_window_stage(stage):
             divisors = self.work.loader.divisors
             for (tokens, targets), divisor in zip(micro_batches, divisors, strict=True):
                 loss = self.work.forward(tokens, targets, reduction="objective") / divisor
@@ -338,6 +341,7 @@ class Run:
     def _phase_starts(self) -> list[float]:
         """Shares of the budget from which steps run another graph."""
         starts = {phase.start for phase in self.config.recur_phases}
+        starts |= {stage.start for stage in self.config.model.stages}
         return sorted(starts | {stage.start for stage in row_stages(self.config.data)})
 
     def _expect_phase(self, progress: float) -> None:

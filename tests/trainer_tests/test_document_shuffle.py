@@ -145,3 +145,17 @@ def test_documents_of_several_shards_are_one_text(tmp_path: Path, tokens: np.nda
     expected = published_rows(tokens, 3, 1)
     found = read_rows(loader_of(split), len(expected) // ROWS)
     assert torch.equal(found, expected[: len(found)])
+
+
+def test_documents_begin_with_the_token_that_the_model_says(
+    dataset: Dataset, tokens: np.ndarray, tmp_path: Path
+) -> None:
+    """As in text of GPT-2's pieces, where token 1 is a piece like others."""
+    other = np.where(tokens == 1, 2, np.where(tokens == 2, 1, tokens)).astype(np.uint16)
+    folder = write_folder(tmp_path, other, other[:200], tokens_per_shard=5_000)
+    swapped = loader_of(Dataset.open(folder), bos_id=2)
+    plain = loader_of(dataset)
+    for _ in range(80):
+        for (x, _), (want, _) in zip(swapped.next_step(), plain.next_step(), strict=True):
+            back = torch.where(x == 1, 2, torch.where(x == 2, 1, x))
+            assert torch.equal(back, want)

@@ -10,13 +10,15 @@ import pytest
 
 from tests.trainer_tests.small_data import VOCAB_SIZE, write_folder
 from trainer.account import count_parameters, parameter_table
+from trainer.config.recurrence import visits_at
+from trainer.config.window_stages import window_stage_at
 from trainer.layer_pattern import select_layers
 from trainer.loop import train
 from trainer.optim.rules import assign, param_rules
 from trainer.recipes import RECIPES
-from trainer.recipes.slowrun_pr78 import PUBLISHED_STEPS
+from trainer.recipes.slowrun_pr78 import PUBLISHED_STEPS, RECORD_STEPS
 from trainer.report import NullReporter
-from trainer.schedule import lr_multiplier, muon_momentum
+from trainer.schedule import decay_multiplier, lr_multiplier, muon_momentum
 
 RUN = RECIPES["slowrun_pr78"].build()
 
@@ -86,6 +88,26 @@ def test_schedules_are_those_of_twelve_epochs() -> None:
         got = lr_multiplier(RUN.schedule, round(progress * PUBLISHED_STEPS), progress)
         assert got == pytest.approx(min(1.0, factor))
     assert round(12 * 99_942_400 / 524_288) == RUN.budget.max_steps == PUBLISHED_STEPS
+
+
+def test_the_record_of_two_hours_grows_its_windows_by_epoch() -> None:
+    """Factors at the first step of epochs 15 to 22, and of the weight decay: the reference's."""
+    run = RECIPES["slowrun_2h"].build()
+    assert count_parameters(run.model) == 1_443_722_775
+    assert round(22 * 99_942_400 / 524_288) == run.budget.max_steps == RECORD_STEPS
+    by_epoch = [window_stage_at(run.model.stages, (e - 0.999) / 22) for e in range(1, 23)]
+    assert by_epoch == 6 * [0] + 7 * [1] + 9 * [2]
+    assert [stage[:2] for stage in run.model.stages] == [(256, 768), (768, 1792), (1280, 2048)]
+    assert [phase.visits for phase in run.recur_phases] == [1, 3]
+    assert run.recur_phases[1].start == run.model.stages[2].start  # no graph for a sliver between
+    assert [visits_at(run.recur_phases, (e - 0.999) / 22) for e in (13, 14)] == [1, 3]
+    factors = [lr_multiplier(run.schedule, RECORD_STEPS, (e - 1) / 22) for e in range(15, 23)]
+    published = [1, 1, 1, 1, 0.95, 0.83, 0.67, 0.48]
+    assert factors == pytest.approx(published, abs=0.006)
+    decay = {0.2: 1.0, 0.4: 1.0, 14 / 22: 0.65, (14 + 0.5) / 22: 1.075, 1.0: 1.5}
+    for progress, factor in decay.items():
+        assert decay_multiplier(run.schedule, progress) == pytest.approx(factor)
+    assert RUN.with_overrides({"model.iha": "fused"}).digest() != run.digest()
 
 
 def test_the_copy_for_a_cpu_trains_the_same_twice(tmp_path: Path) -> None:

@@ -9,6 +9,11 @@ from pydantic import Field, model_validator
 from trainer.config.base import PositiveFloat, PositiveInt, Settings, raise_together
 from trainer.config.iha import faults_of_iha, iha_layers, pseudo_window
 from trainer.config.recurrence import Place, count_skips, visit_order
+from trainer.config.window_stages import (
+    WindowStage,
+    faults_of_window_stages,
+    parse_window_stages,
+)
 from trainer.layer_pattern import select_layers
 
 
@@ -251,6 +256,11 @@ class ModelConfig(Settings):
     """Whether queries and keys are normalised before they rotate or after. A rotation keeps the
     norm, so that only the rounding differs."""
 
+    window_stages: str = ""
+    """Windows that grow in the course of the run, as SHORT:LONG of the layers with and without a
+    window, with the share of the budget from which: "256:768,768:1792@0.3,1280:2048@0.6"; YaRN
+    stretches positions on the way. The last short one is window. "" = off."""
+
     @model_validator(mode="after")
     def _shapes_divide(self) -> Self:
         faults = []
@@ -272,7 +282,7 @@ class ModelConfig(Settings):
         faults += self._faults_of_layers() + self._faults_of_techniques() + self._faults_of_loops()
         faults += self._faults_of_recurrence() + self._faults_of_parallel()
         faults += self._faults_of_slowrun_parts()
-        faults += faults_of_iha(self)
+        faults += faults_of_iha(self) + faults_of_window_stages(self)
         return raise_together(self, faults)
 
     def _faults_of_layers(self) -> list[str]:
@@ -626,8 +636,20 @@ class ModelConfig(Settings):
         return self.parallel != "off" and layer >= self.parallel_start
 
     def window_of(self, layer: int) -> int | None:
-        """Tokens before itself that a token sees in this layer; None = all."""
-        return self.window if layer in select_layers(self.window_layers, self.num_layers) else None
+        """Tokens before itself that a token sees in this layer in the end; None = all."""
+        if layer in select_layers(self.window_layers, self.num_layers):
+            return self.window
+        return self.stages[-1].long if self.stages else None
+
+    @property
+    def stages(self) -> tuple[WindowStage, ...]:
+        """The stages of window_stages, if any."""
+        return parse_window_stages(self.window_stages)
+
+    def stage_windows(self, layer: int) -> tuple[int, ...]:
+        """What window_of is in each of the stages."""
+        is_short = layer in select_layers(self.window_layers, self.num_layers)
+        return tuple(stage.short if is_short else stage.long for stage in self.stages)
 
     def embeds_values(self, layer: int) -> bool:
         """Whether value embeddings join this layer."""

@@ -22,6 +22,7 @@ def config_of_block(model: ModelConfig) -> ModelConfig:
         "value_proj_layers": "",
         "window": 0,
         "window_layers": "",
+        "window_stages": "",
         "xsa_last_n": 0,
         "recur_visits": 1,
         "parallel": "off",

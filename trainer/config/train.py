@@ -56,11 +56,13 @@ class TrainConfig(Settings):
                 f"evaluate.seq_len = {self.evaluate.seq_len}; raise it"
             )
         longest_row = max(self.data.seq_len, self.evaluate.seq_len)
-        if self.model.window > longest_row:
+        widest = max([self.model.window, *(stage.long for stage in self.model.stages)])
+        if widest > longest_row:
+            name = "window" if widest == self.model.window else "window_stages"
             faults.append(
-                f"model.window = {self.model.window} is above {longest_row}, the longest row of "
-                "data.seq_len and evaluate.seq_len; lower it, or set 0 and model.window_layers = "
-                '""'
+                f"model.{name} = {getattr(self.model, name)} is above {longest_row}, the longest "
+                "row of data.seq_len and evaluate.seq_len; lower it, or set 0 and "
+                'model.window_layers = ""'
             )
         if self.qat_lite.kind != "none" and self.qat_lite.first_layer >= self.model.num_layers:
             faults.append(

@@ -39,11 +39,17 @@ class ShuffledDocuments(TokenStream):
     """The epochs one after another: position p is token p mod n of epoch p // n + 1, of n tokens
     in all."""
 
-    def __init__(self, shards: Sequence[Path], at_most: int | None = None, seed: int = 0) -> None:
+    def __init__(
+        self,
+        shards: Sequence[Path],
+        at_most: int | None = None,
+        seed: int = 0,
+        bos_id: int = BOS_ID,
+    ) -> None:
         super().__init__(shards, at_most)
         begins = self._ends[:-1]
         parts = [
-            document_starts(shard)[int(begin > 0 and shard[0] != BOS_ID) :] + begin
+            document_starts(shard, bos_id)[int(begin > 0 and shard[0] != bos_id) :] + begin
             for shard, begin in zip(self.shards, [0, *begins], strict=True)
         ]
         self._starts = np.concatenate(parts)

@@ -31,6 +31,7 @@ from trainer.data.document_shuffle import (
     rows_per_epoch,
     shuffled_documents_order,
 )
+from trainer.data.documents import BOS_ID
 from trainer.data.row_order import CONTIGUOUS, ROW_ORDERS, LanePlace, RowOrder
 from trainer.data.stream import TokenStream
 from trainer.distributed import Group
@@ -122,6 +123,7 @@ class TrainLoader:
         stages: tuple[RowStage, ...] = (),
         train_tokens: int | None = None,
         epoch_multiple: int = 1,
+        bos_id: int = BOS_ID,
     ) -> None:
         """
         Args:
@@ -132,6 +134,7 @@ class TrainLoader:
             seed: of random orders.
             stages: of data.seq_len_schedule; () = rows do not change.
             epoch_multiple: of rows in an epoch, for "shuffled_documents".
+            bos_id: token that begins a document, for the same.
             train_tokens: most distinct tokens to use, the first ones; None = all.
         """
         shards = {"train": dataset.train_shards, "val": dataset.val_shards}
@@ -140,7 +143,7 @@ class TrainLoader:
         stream = TokenStream(chosen, train_tokens)
         self._epoch_tokens = stream.num_tokens
         if loader == "shuffled_documents":
-            stream = ShuffledDocuments(chosen, train_tokens, seed)
+            stream = ShuffledDocuments(chosen, train_tokens, seed, bos_id)
             used = rows_per_epoch(stream.num_tokens, seq_len, epoch_multiple)
             self._epoch_tokens = used * seq_len
         if stream.num_tokens <= batch_tokens:
@@ -192,6 +195,7 @@ class TrainLoader:
                 data.shuffle_seed if data.loader == "shuffled_documents" else config.runtime.seed
             ),
             epoch_multiple=data.epoch_multiple,
+            bos_id=config.model.bos_id,
             stages=row_stages(data) if data.seq_len_schedule else (),
             train_tokens=config.budget.train_tokens,
         )

@@ -56,6 +56,10 @@ class Context(NamedTuple):
     cos_SF: Tensor | None = None
     """Of every pseudo-token of a row, where they have positions of their own."""
     sin_SF: Tensor | None = None
+    stage: int = 0
+    """Of model.window_stages."""
+    score_scale: float = 1.0
+    """Factor on attention's scores, of YaRN."""
 
     def attend(self, backend: Attend, q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor) -> Tensor:
         """Attention by `backend`, within documents where that is on."""
@@ -76,6 +80,8 @@ class SelfAttention(nn.Module):
     def __init__(self, config: ModelConfig, attend: Attend, layer: int) -> None:
         super().__init__()
         self._attend = attend_of_layer(config, attend, layer)
+        self._stage_windows = config.stage_windows(layer)
+        self._attend_anywhere = with_groups(config, attend)
         self._head_dim = config.head_dim
         self._widths = [config.model_dim] + 2 * [config.num_kv_heads * config.head_dim]
         self.q, self.k, self.v = (
@@ -180,7 +186,18 @@ class SelfAttention(nn.Module):
         k_BTGD = self._position(k_BTGD, cos_TF, sin_TF)
         if self._offsets_keys:
             k_BTGD = offset_keys(k_BTGD)
-        return context.attend(self._attend, q_BTHD.to(dtype), k_BTGD.to(dtype), v_BTGD)
+        if context.score_scale != 1.0:
+            q_BTHD = q_BTHD * context.score_scale
+        attend = self._backend(context.stage, q_BTHD.size(1))
+        return context.attend(attend, q_BTHD.to(dtype), k_BTGD.to(dtype), v_BTGD)
+
+    def _backend(self, stage: int, num_tokens: int) -> Attend:
+        if not self._stage_windows:
+            return self._attend
+        window = self._stage_windows[stage]
+        if window + 1 >= num_tokens:  # which backends do faster when no window is asked for
+            return self._attend_anywhere
+        return partial(self._attend_anywhere, window=window)
 
 
 def offset_keys(k_BTGD: Tensor) -> Tensor:
@@ -192,7 +209,11 @@ def offset_keys(k_BTGD: Tensor) -> Tensor:
 
 def attend_of_layer(config: ModelConfig, attend: Attend, layer: int) -> Attend:
     """The backend with this layer's window and way of grouping fixed."""
-    if config.gqa == "repeat":
-        attend = partial(repeat_groups, attend)
+    attend = with_groups(config, attend)
     window = config.window_of(layer)
     return attend if window is None else partial(attend, window=window)
+
+
+def with_groups(config: ModelConfig, attend: Attend) -> Attend:
+    """The backend with the way of grouping fixed."""
+    return partial(repeat_groups, attend) if config.gqa == "repeat" else attend

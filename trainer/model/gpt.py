@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from trainer.attention import Attend, Documents
 from trainer.config import ModelConfig
+from trainer.config.window_stages import score_scale
 from trainer.kernels.cross_entropy import softcapped_cross_entropy
 from trainer.loss import Objective, nats_of
 from trainer.model.adapters import Adapters
@@ -67,6 +68,9 @@ class GPT(nn.Module):
         self.compute_dtype = torch.float32
         self.objective: Objective | None = None
         self.visits_now = config.most_visits
+        stages = config.stages
+        self.stage_now = max(0, len(stages) - 1)
+        self._score_scales = [score_scale(stages[: place + 1]) for place in range(len(stages))]
         self.fuses_loss = False
         self.tok_emb = nn.Embedding(config.table_rows, config.model_dim)
         if config.tie_embeddings:
@@ -185,7 +189,7 @@ class GPT(nn.Module):
         self, tokens_BT: Tensor, adapters: Adapters | None = None, is_noisy: bool = False
     ) -> Context:
         """What the blocks read; its x0_BTC is where the stream begins."""
-        cos_TF, sin_TF = self.rotary(tokens_BT.size(1))
+        cos_TF, sin_TF = self.rotary(tokens_BT.size(1), self.stage_now)
         x_BTC = self._embed(tokens_BT)
         value_embed_BTK = (
             None if self.value_embed is None else self.value_embed(tokens_BT, self.compute_dtype)
@@ -194,6 +198,9 @@ class GPT(nn.Module):
         context = Context(
             x_BTC, cos_TF, sin_TF, value_embed_BTK, is_noisy=is_noisy, all_adapters=visits
         )
+        if self._score_scales:
+            scale = self._score_scales[self.stage_now]
+            context = context._replace(stage=self.stage_now, score_scale=scale)
         if self.config.positions_per_token > 1:
             cos_SF, sin_SF = self.rotary.of_pseudo_tokens(tokens_BT.size(1))
             context = context._replace(cos_SF=cos_SF, sin_SF=sin_SF)
@@ -264,6 +271,16 @@ class GPT(nn.Module):
             yield
         finally:
             self.visits_now = full
+
+    @contextmanager
+    def in_window_stage(self, stage: int) -> Iterator[None]:
+        """Inside, windows and positions are those of a stage of model.window_stages; outside,
+        always of the last. A compiled model has a graph for each that it has seen."""
+        last, self.stage_now = self.stage_now, stage
+        try:
+            yield
+        finally:
+            self.stage_now = last
 
     def _passes(self, x_BTC: Tensor, context: Context) -> Tensor:
         """The whole network several times over, x <- rms(net(x; x0)) (slowrun, its tiny track)."""

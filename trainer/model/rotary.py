@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.config import ModelConfig
+from trainer.config.window_stages import stretched
 from trainer.errors import ConfigError
 from trainer.model.norm import rms_norm
 
@@ -38,17 +39,26 @@ class Rotary(nn.Module):
         self._max_seq_len = max_seq_len
         self._per_token = config.positions_per_token
         self._keep("", *self._tables(max_seq_len * self._per_token, self._base))
+        self._num_stages = len(config.stages)
+        for stage in range(self._num_stages):
+            frequencies = stretched(self._frequencies(), config.stages[: stage + 1])
+            self._keep(f"_stage_{stage}", *tables_of(max_seq_len, frequencies))
         for length in {length for length in row_lengths if self._is_stretched(length)}:
             self._keep(f"_{length}", *self._tables(length, self._base_of(length)))
 
-    def forward(self, num_tokens: int) -> tuple[Tensor, Tensor]:
-        """cos and sin, fp32 [T, F]. ConfigError when T is above the limit."""
+    def forward(self, num_tokens: int, stage: int = 0) -> tuple[Tensor, Tensor]:
+        """cos and sin, fp32 [T, F], in a stage of model.window_stages. ConfigError when T is above
+        the limit."""
         if num_tokens > self._max_seq_len:
             raise ConfigError(
                 f"rows of {num_tokens} tokens, but the model was built for at most "
                 f"{self._max_seq_len}; lower data.seq_len or evaluate.seq_len, or build "
                 "GPT(..., max_seq_len=)"
             )
+        if self._num_stages:
+            tables = (getattr(self, f"{name}_stage_{stage}") for name in ("cos", "sin"))
+            cos_TF, sin_TF = (table[:num_tokens] for table in tables)
+            return cos_TF, sin_TF
         if not self._is_stretched(num_tokens):
             return self.cos[:num_tokens], self.sin[:num_tokens]
         if hasattr(self, f"cos_{num_tokens}"):
@@ -59,6 +69,10 @@ class Rotary(nn.Module):
         """cos and sin of the pseudo-tokens of a row that is not too long, fp32 [T P, F]."""
         num_positions = num_tokens * self._per_token
         return self.cos[:num_positions], self.sin[:num_positions]
+
+    def _frequencies(self) -> list[float]:
+        """Radians per token of each pair, fastest first."""
+        return [self._base ** (-2 * pair / self._rotated) for pair in range(self._rotated // 2)]
 
     def _is_stretched(self, num_tokens: int) -> bool:
         return 0 < self._ntk_len < num_tokens
@@ -90,6 +104,13 @@ def rotary_tables(
     exponent = torch.arange(0, num_dims, 2, dtype=torch.float64, device=device) / num_dims
     positions = torch.arange(num_positions, dtype=torch.float64, device=device)
     angle = torch.outer(positions, base**-exponent)
+    return angle.cos().float(), angle.sin().float()
+
+
+def tables_of(num_positions: int, frequencies: list[float]) -> tuple[Tensor, Tensor]:
+    """The same of frequencies that follow no base."""
+    positions = torch.arange(num_positions, dtype=torch.float64)
+    angle = torch.outer(positions, torch.tensor(frequencies, dtype=torch.float64))
     return angle.cos().float(), angle.sin().float()
 
 
