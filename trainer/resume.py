@@ -13,6 +13,8 @@ worker, and count for nobody's budget.
 from __future__ import annotations
 
 import json
+import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +34,8 @@ FILE = "state.bin"
 """In the folder of the run."""
 Saved = Callable[[Path], None]
 """Told on every rank that rank 0 has a new state at this path, which exists there only."""
+SHARE = 0.01
+"""Of the time between two writings that one of them should take at most."""
 _TREE = "tree"
 _AGAIN = ("build", "prime")
 """Phases that a run which goes on has gone through once more by then."""
@@ -49,6 +53,8 @@ class StateFile:
     saved: Saved | None = None
     saved_s: float = 0.0
     """Budget clock at the last writing."""
+    is_told: bool = False
+    """Whether the reader of the log knows that writing takes too long."""
 
     def is_due(self, elapsed_s: float) -> bool:
         """Whether it is time to save; the same on all ranks, given the common clock."""
@@ -56,6 +62,7 @@ class StateFile:
 
     def save(self, steps: dict[str, Any]) -> None:
         """Write the state and what the loop counts. The clock must be stopped."""
+        started = time.perf_counter()
         clock = self.clock.state_dict()
         state = {
             "steps": steps,
@@ -71,6 +78,19 @@ class StateFile:
         self.saved_s = clock["spent"]
         if self.saved is not None:
             self.saved(self.path)
+        self._weigh(time.perf_counter() - started)
+
+    def _weigh(self, seconds: float) -> None:
+        """Say it once when a writing takes more than SHARE of the time between two."""
+        period = self.work.config.runtime.checkpoint_seconds
+        if seconds <= SHARE * period or self.is_told:
+            return
+        self.is_told = True
+        self.work.log(
+            f"writing the state took {seconds:.2f} s, {seconds / period:.1%} of "
+            f"runtime.checkpoint_seconds = {period:g}; raise it to {math.ceil(seconds / SHARE)} to "
+            f"stay within {SHARE:.0%}"
+        )
 
     def _write(self, state: dict[str, Any]) -> None:
         arrays: dict[str, np.ndarray] = {}

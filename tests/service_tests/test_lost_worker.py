@@ -56,6 +56,11 @@ def check_same_end(whole: Ended, again: Ended) -> None:
     assert whole.update.result is not None and again.update.result is not None
     assert again.update.result.artifact_sha256 == whole.update.result.artifact_sha256
     assert again.update.result.val_bpb == whole.update.result.val_bpb
+    saved = again.of_kind("saved")[0]
+    own_s = sum(event["step_ms"] for event in again.of_kind("step")) / 1000
+    train_s = again.update.result.phases["train"]
+    assert train_s == pytest.approx(saved["elapsed_s"] + own_s, abs=0.1)  # each second once
+    assert 5 < saved["step"] == min(losses(again)) - 1
     found, expected = losses(again), losses(whole)
     assert 1 not in found and STEPS in found  # it did not start anew
     assert found == {step: loss for step, loss in expected.items() if step in found}

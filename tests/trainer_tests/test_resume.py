@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from trainer.config import TrainConfig
 from trainer.distributed import Group
 from trainer.loop import train
 from trainer.report import NullReporter, Reporter, TrainResult
-from trainer.resume import FILE, _taken_apart
+from trainer.resume import FILE, StateFile, _taken_apart
 
 SAVING = {"runtime.checkpoint_seconds": 1e-9, "evaluate.prequant": False}
 """After every step."""
@@ -171,6 +172,26 @@ def test_every_second_counts_once(
     own = sum(record["step_ms"] for record in last.of("step")) / 1000
     assert result.phases["train"] == pytest.approx(saved["elapsed_s"] + own, abs=0.05)
     assert result.phases["save_state"] > 0
+
+
+@pytest.mark.parametrize(("seconds", "told"), [(0.5, False), (1.5, True)])
+def test_a_period_that_costs_more_than_a_hundredth_is_told_once_with_a_better_one(
+    seconds: float,
+    told: bool,
+    configure: Callable[..., TrainConfig],  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = configure(**{"runtime.checkpoint_seconds": 100.0})
+    now = iter(seconds * place for place in range(100))
+    monkeypatch.setattr(time, "perf_counter", lambda: next(now))
+    monkeypatch.setattr(StateFile, "is_due", lambda self, elapsed: True)
+    reporter = Collector()
+    train(config, reporter, tmp_path)
+    lines = [record["line"] for record in reporter.of("log")]
+    about = [line for line in lines if "runtime.checkpoint_seconds" in line]
+    assert len(about) == told
+    assert not told or ("1.5% of" in about[0] and "raise it to 150" in about[0])
 
 
 def test_other_settings_a_damaged_file_and_never_start_anew(
