@@ -21,6 +21,7 @@ from trainer.attention import Attend, Documents
 from trainer.config import ModelConfig
 from trainer.config.window_stages import score_scale
 from trainer.kernels.cross_entropy import softcapped_cross_entropy
+from trainer.kernels.precision import at_least_fp32
 from trainer.loss import Objective, nats_of
 from trainer.model.adapters import Adapters
 from trainer.model.attention import Context
@@ -134,8 +135,8 @@ class GPT(nn.Module):
         return self._capped_logits(hidden_BTC)
 
     def _capped_logits(self, hidden_BTC: Tensor) -> Tensor:
-        cap = self.config.logit_softcap
-        return cap * torch.tanh(_at_least_fp32(self._raw_logits(hidden_BTC)) / cap)
+        cap, raw_BTV = self.config.logit_softcap, self._raw_logits(hidden_BTC)
+        return cap * torch.tanh(raw_BTV.to(at_least_fp32(raw_BTV)) / cap)
 
     def _normed(self, tokens_BT: Tensor, adapters: Adapters | None = None) -> Tensor:
         """What the head multiplies, [B, T, C]."""
@@ -377,7 +378,3 @@ def add_late_parts(block: Block, config: ModelConfig, layer: int) -> None:
         writing = [mlp.down for mlp in mlps] + ([attn.out] if attn is not None else [])
         for matrix in writing:
             nn.init.normal_(matrix.weight, std=config.model_dim**-0.5)
-
-
-def _at_least_fp32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
