@@ -19,6 +19,7 @@ from trainer.config import TrainConfig
 from trainer.data.dataset import Dataset
 from trainer.distributed import Group
 from trainer.ensemble import WEIGHTS, Ensemble, MixturePass
+from trainer.errors import ConfigError
 from trainer.loop import train
 from trainer.report import NullReporter
 from trainer.workspace import build_model
@@ -117,6 +118,21 @@ def test_checkpoints_fall_at_the_ends_of_epochs(
     # 2,148 tokens are 65 rows of 33, an epoch is 4.06 steps of 16 rows.
     steps = [int(path.stem.split("_")[1]) for path in sorted(kept.iterdir())]
     assert steps == [5, 9, 12]
+
+
+def test_checkpoints_fall_at_the_ends_of_cycles(
+    configure: Callable[..., TrainConfig],  # noqa: F811
+    kept: Path,
+    tmp_path: Path,
+) -> None:
+    """Three of a quarter of the run each: its last is the end of the run."""
+    settings = {**SETTINGS, "evaluate.ensemble_every": 0, "evaluate.ensemble_at": "cycles"}
+    with pytest.raises(ConfigError, match=r"ensemble_at = .cycles. .*schedule\.cycles = 0; raise"):
+        configure(**settings)
+    cycles = {"schedule.cycles": 3, "schedule.cycle_share": 0.25}
+    train(configure(**settings, **cycles), NullReporter(), tmp_path / "run")
+    steps = [int(path.stem.split("_")[1]) for path in sorted(kept.iterdir())]
+    assert steps == [6, 9, 12]
 
 
 def test_a_resumed_run_has_the_same_ensemble(

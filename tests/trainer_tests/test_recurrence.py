@@ -78,7 +78,9 @@ def test_order_and_skips_are_the_published_ones(
     assert (fewer.num_skips, fewer.num_recur_skips) == (5, 0)
 
 
-@pytest.mark.parametrize("name", ["recur", "recur_ab", "recur_untied", "pr1894", "recur_alpha"])
+@pytest.mark.parametrize(
+    "name", ["recur", "recur_ab", "recur_untied", "pr1894", "recur_alpha", "recur_layers"]
+)
 def test_one_visit_equals_no_recurrence_and_leaves_what_it_does_not_use(name: str) -> None:
     config = config_of(name)
     off = {"recur_visits": 1, "recur_blend": "off", "recur_lora_rank": 0, "recur_untied_mlp": ""}

@@ -1,4 +1,28 @@
-"""The recipe of slowrun #78: its published numbers, and its copy for a CPU from step to score."""
+"""The recipe of slowrun #78: its published numbers, and its copy for a CPU from step to score.
+
+What an implementation of slowrun can be held to, and the tests that hold this one to it:
+
+1. Fused identities are no mixing, to the bit: test_iha
+   (test_fused_identities_are_plain_attention_to_the_bit).
+2. Parameter counts: here (test_sizes_are_the_published_ones), test_iha
+   (test_published_numbers_of_parameters), test_slowrun_parts
+   (test_the_published_size_of_the_tiny_track).
+3. First loss ln V: here (test_the_first_loss_is_that_of_a_uniform_guess), test_iha.
+4. Interleaving is causal, and with P = 1 plain attention: test_iha
+   (test_no_variant_sees_what_comes_after,
+   test_one_pseudo_head_with_equal_windows_begins_as_plain_attention), test_iha_extra_block,
+   test_window_stages.
+5. The no-op start: test_iha (test_the_no_op_start_is_plain_attention).
+6. Equal neurons keep the norm, cautious decay its signs: test_neurons
+   (test_equal_neurons_keep_the_norm_of_the_update,
+   test_cautious_decay_never_acts_where_update_and_weight_differ_in_sign).
+7. Repeats that do not repeat: test_recurrence
+   (test_one_visit_equals_no_recurrence_and_leaves_what_it_does_not_use).
+8. Rate and decay by epoch: here (test_the_record_of_two_hours_grows_its_windows_by_epoch),
+   test_schedule (test_cycles_begin_at_the_published_factors_and_end_at_the_floor).
+9. Two copies of a checkpoint are one: test_ensemble
+   (test_two_copies_of_one_checkpoint_score_as_one).
+"""
 
 from __future__ import annotations
 
@@ -7,13 +31,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from tests.trainer_tests.small_data import VOCAB_SIZE, write_folder
 from trainer.account import count_parameters, parameter_table
+from trainer.attention import select_backend
 from trainer.config.recurrence import visits_at
 from trainer.config.window_stages import window_stage_at
 from trainer.layer_pattern import select_layers
 from trainer.loop import train
+from trainer.model.gpt import GPT
 from trainer.optim.rules import assign, param_rules
 from trainer.recipes import RECIPES
 from trainer.recipes.slowrun_pr78 import PUBLISHED_STEPS, RECORD_STEPS
@@ -108,6 +135,16 @@ def test_the_record_of_two_hours_grows_its_windows_by_epoch() -> None:
     for progress, factor in decay.items():
         assert decay_multiplier(run.schedule, progress) == pytest.approx(factor)
     assert RUN.with_overrides({"model.iha": "fused"}).digest() != run.digest()
+
+
+def test_the_first_loss_is_that_of_a_uniform_guess() -> None:
+    """Of the copy for a CPU, whose head begins as the published one."""
+    model = RECIPES["slowrun_cpu"].build().model
+    torch.manual_seed(0)
+    gpt = GPT(model, select_backend("sdpa", "cpu", lambda line: None), 64)
+    tokens = torch.randint(model.vocab_size, (2, 33))
+    loss = gpt(tokens[:, :-1], tokens[:, 1:]).detach()
+    assert float(loss) == pytest.approx(math.log(model.vocab_size), abs=0.002)
 
 
 def test_the_copy_for_a_cpu_trains_the_same_twice(tmp_path: Path) -> None:
