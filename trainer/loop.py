@@ -273,7 +273,8 @@ class Run:
             torch.manual_seed(step_seed(self.config.runtime.seed, step, self.work.group.rank))
         micro_batches = self.work.loader.next_step(progress)
         visits = visits_at(self.config.recur_phases, progress)
-        stage = window_stage_at(self.config.model.stages, progress)
+        stages = self.config.model.stages
+        stage = window_stage_at(stages, progress) if stages else 0
         total = torch.zeros((), device=self.work.group.device)
         model = self.work.model
         with self.aware.weights(progress), model.visiting(visits), model.in_window_stage(stage):

@@ -22,6 +22,8 @@ OPTIONAL: dict[str, Callable[[TrainConfig], bool]] = {
         or run.runtime.checkpoint_seconds > 0
         or run.evaluate.ensemble != "off"
     ),
+    "trainer.config.iha": lambda run: run.model.iha != "off",
+    "trainer.config.window_stages": lambda run: bool(run.model.window_stages),
     "trainer.data.document_shuffle": lambda run: run.data.loader == "shuffled_documents",
     "trainer.data.overlap": lambda run: run.data.max_overlap < 1,
     "trainer.ensemble": lambda run: run.evaluate.ensemble != "off",

@@ -282,7 +282,8 @@ class ModelConfig(Settings):
         faults += self._faults_of_layers() + self._faults_of_techniques() + self._faults_of_loops()
         faults += self._faults_of_recurrence() + self._faults_of_parallel()
         faults += self._faults_of_slowrun_parts()
-        faults += faults_of_iha(self) + faults_of_window_stages(self)
+        faults += faults_of_iha(self) if self.iha != "off" else []
+        faults += faults_of_window_stages(self) if self.window_stages else []
         return raise_together(self, faults)
 
     def _faults_of_layers(self) -> list[str]:
@@ -644,7 +645,7 @@ class ModelConfig(Settings):
     @property
     def stages(self) -> tuple[WindowStage, ...]:
         """The stages of window_stages, if any."""
-        return parse_window_stages(self.window_stages)
+        return parse_window_stages(self.window_stages) if self.window_stages else ()
 
     def stage_windows(self, layer: int) -> tuple[int, ...]:
         """What window_of is in each of the stages."""
@@ -658,6 +659,8 @@ class ModelConfig(Settings):
     def iha_of(self, layer: int) -> Literal["off", "fused", "interleaved"]:
         """How the heads of a layer mix. What stands behind the last layer is as "all" and "long"
         have it."""
+        if self.iha == "off":
+            return "off"
         is_behind = layer >= self.num_layers and self.iha_layers in ("all", "long")
         return self.iha if is_behind or layer in iha_layers(self) else "off"
 
