@@ -19,8 +19,8 @@ from tests.trainer_tests.plain_attention import plain_attention
 from tests.trainer_tests.small_data import VOCAB_SIZE, write_folder
 from tests.trainer_tests.test_flash4 import stand_in
 from trainer.attention import ATTENTION, Attend, Documents, flash4, select_backend
-from trainer.attention.documents import room_for_pieces
-from trainer.attention.flex import attend_flex, document_block_mask
+from trainer.attention.documents import first_visible, room_for_pieces
+from trainer.attention.flex import attend_flex, document_block_mask, document_blocks
 from trainer.attention.repeat import repeat_groups
 from trainer.attention.varlen import attend_varlen
 from trainer.config import ModelConfig, TrainConfig
@@ -404,3 +404,35 @@ def test_backend_on_a_gpu(name: str, window: int | None, max_len: int, compiled:
         results.append([out, *torch.autograd.grad(out, leaves, cotangent.to(cast))])
     for got, want in zip(*results, strict=True):
         assert (got.float() - want).norm() / want.norm() < 0.01
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", [*ATTENTION, "auto"])
+def test_compiled_model_without_gradients_on_a_gpu(name: str) -> None:
+    """PyTorch 2.11 could not compile this with FlexAttention while the graph itself computed where
+    documents begin."""
+    fault = None if name == "auto" else ATTENTION[name].fault("cuda")
+    if fault is not None:
+        pytest.skip(fault)
+    torch._dynamo.reset()
+    shape = {"num_layers": 2, "model_dim": 256, "document_attention": True, "max_doc_len": 100}
+    model = GPT(
+        ModelConfig(**(BASE | shape)), select_backend(name, "cuda", silent, documents=True)
+    ).cuda()
+    model.compute_dtype = torch.bfloat16
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    tokens = rows_of_documents(3, 500, 0.01).cuda()
+    with torch.no_grad():
+        want = model.logits(tokens).float()
+        got = torch.compile(model.logits, fullgraph=True, dynamic=False)(tokens).float()
+    assert (got - want).norm() / want.norm() < 0.02
+
+
+@pytest.mark.parametrize(("max_len", "window"), [(0, None), (7, 20)])
+def test_operators_of_document_places_keep_their_contract(max_len: int, window: int | None) -> None:
+    tokens, checks = rows_of_documents(3, 300), ("test_schema", "test_faketensor")
+    torch.library.opcheck(first_visible, (tokens, BOS, max_len), test_utils=checks)
+    first_BT = first_visible(tokens, BOS, max_len)
+    torch.library.opcheck(document_blocks, (first_BT, window), test_utils=checks)
