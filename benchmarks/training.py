@@ -18,6 +18,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -39,22 +40,31 @@ def main() -> None:
     for variant in arguments.run or ["plain:"]:
         name, _, pairs = variant.partition(":")
         overrides = [*arguments.set, *pairs.split()]
-        record["runs"][name] = _run(arguments, overrides)
+        record["runs"][name] = run_recipe(
+            arguments.recipe, arguments.data, overrides, arguments.nproc
+        )
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps(record, indent=1) + "\n")
         _print_row(name, record["runs"][name])
 
 
-def _run(arguments: argparse.Namespace, overrides: list[str]) -> dict[str, Any]:
+def run_recipe(
+    recipe: str,
+    data: str,
+    overrides: list[str],
+    nproc: int = 1,
+    environment: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """A run in a process of its own: its overrides, result and curve, or its exit code."""
     launcher = [sys.executable]
-    if arguments.nproc > 1:
+    if nproc > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone"]
-        launcher += [f"--nproc-per-node={arguments.nproc}"]
+        launcher += [f"--nproc-per-node={nproc}"]
     with tempfile.TemporaryDirectory() as folder:
-        command = [*launcher, "-m", "trainer", "--recipe", arguments.recipe, "--out", folder]
-        for pair in [f"data.dir={arguments.data}", *overrides]:
+        command = [*launcher, "-m", "trainer", "--recipe", recipe, "--out", folder]
+        for pair in [f"data.dir={data}", *overrides]:
             command += ["--set", pair]
-        done = subprocess.run(command, check=False)
+        done = subprocess.run(command, check=False, env=environment)
         result = Path(folder) / "result.json"
         if not result.exists():
             return {"overrides": overrides, "exit_code": done.returncode}

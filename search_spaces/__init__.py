@@ -1,6 +1,7 @@
 """What to try: every search space, in one visible table."""
 
 from search_spaces.evaluation import EVALUATION, EVALUATION_DOCUMENTS
+from search_spaces.iha import IHA
 from search_spaces.learning_rates import LEARNING_RATES
 from search_spaces.optimizers import OPTIMIZERS
 from search_spaces.quantization import QUANTIZATION
@@ -21,6 +22,7 @@ SPACES: dict[str, Space] = {
         SEQUENCE_MIXES,
         WINDOW_X_MIX,
         RECURRENCE,
+        IHA,
         QUANTIZATION,
         EVALUATION,
         EVALUATION_DOCUMENTS,

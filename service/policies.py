@@ -23,7 +23,7 @@ class Policy:
     max_rejections: int = 200
     """Trials rejected before launch in a row that end a sweep."""
     max_failures: int = 5
-    """Trials failed in a row that end a sweep."""
+    """Launched trials failed in a row that end a sweep."""
     storage_patience_s: float = 300.0
     """A storage that is away for longer ends the sweep."""
     asks_per_step: int = 4
@@ -39,12 +39,12 @@ class Ending(Enum):
 
     ENOUGH = "the asked number of trials is told"
     ALL_REJECTED = (
-        "every one of the last {count} proposals was rejected before launch: the budgets leave no "
-        "room in this space; widen its axes or raise the budgets"
+        "every one of the last {rejected} proposals was rejected before launch: the budgets leave "
+        "no room in this space; widen its axes or raise the budgets"
     )
     ALL_FAILED = (
-        "the last {count} trials all failed: this is a defect, not bad luck; see `caddie trial "
-        "show` and the train.log of a failed trial"
+        "the last {failed} launched trials all failed: this is a defect, not bad luck; see "
+        "`caddie trial show` and the train.log of a failed trial"
     )
     REQUESTED = "the sweep was asked to stop"
 
@@ -58,15 +58,19 @@ class AfterFailure(Enum):
 
 @dataclass(frozen=True)
 class Streak:
-    """The fate that the latest trials share."""
+    """How long nothing has gone well. A rejected trial never ran: it says nothing of a defect, and
+    leaves the count of failures as it is."""
 
-    verdict: str = ""
-    """As in service.tracking.outcome."""
-    length: int = 0
+    rejected: int = 0
+    """Latest trials in a row that were rejected before launch."""
+    failed: int = 0
+    """Latest launched trials in a row that failed."""
 
     def after(self, verdict: str) -> Streak:
-        """The streak when one more trial ends so."""
-        return Streak(verdict, self.length + 1 if verdict == self.verdict else 1)
+        """The streak when one more trial ends so, in the words of service.tracking.outcome."""
+        if verdict == REJECTED:
+            return Streak(self.rejected + 1, self.failed)
+        return Streak(0, self.failed + 1 if verdict == FAILED else 0)
 
 
 def num_to_launch(num_trials: int, told: int, in_flight: int, free_slots: int) -> int:
@@ -90,9 +94,9 @@ def ending(told: int, num_trials: int, streak: Streak, policy: Policy) -> Ending
     """
     if told >= num_trials:
         return Ending.ENOUGH
-    if streak.verdict == REJECTED and streak.length >= policy.max_rejections:
+    if streak.rejected >= policy.max_rejections:
         return Ending.ALL_REJECTED
-    if streak.verdict == FAILED and streak.length >= policy.max_failures:
+    if streak.failed >= policy.max_failures:
         return Ending.ALL_FAILED
     return None
 

@@ -31,6 +31,8 @@ class Run:
     """Step records, oldest first."""
     started_at: float | None = None
     """When the budget clock started, by the records' wall clock."""
+    saved_s: float = 0.0
+    """Budget clock at which the next attempt would go on."""
     trained_until: float | None = None
     """When the last step heard of was done."""
     stop_by: float | None = None
@@ -50,6 +52,11 @@ class Run:
         """Seconds on the budget clock, as far as heard."""
         return float(self.steps[-1]["elapsed_s"]) if self.steps else 0.0
 
+    @property
+    def lost_s(self) -> float:
+        """Seconds of training that another attempt would have to repeat."""
+        return max(0.0, self.trained_s - self.saved_s)
+
     def hear(self, update: Update) -> None:
         """Take in what a runner says."""
         self.state = update.state
@@ -61,6 +68,8 @@ class Run:
                 self.trained_until = event["time"]
                 if self.started_at is None:
                     self.started_at = event["time"] - event["elapsed_s"]
+            elif event["kind"] == "saved":
+                self.saved_s = float(event["elapsed_s"])
             elif event["kind"] == "phase" and event["name"] == "train":
                 self.trained_until = event["time"]
 

@@ -201,7 +201,7 @@ class Scheduler:
         """Why the sweep asks for no more trials, in a sentence; None while it does."""
         if self._ending is None:
             return None
-        return self._ending.value.format(count=self._streak.length)
+        return self._ending.value.format(**vars(self._streak))
 
     # --- a turn -----------------------------------------------------------------------------
 
@@ -377,7 +377,7 @@ class Scheduler:
             return
         again = run.again()
         error = update.error or "no reason given"
-        self._book.retry(again.spec, run.trial, error, self._teller.units(run.trained_s))
+        self._book.retry(again.spec, run.trial, error, self._teller.units(run.lost_s))
         self._running.pop(run.number, None)
         self._ready.append(again)
 

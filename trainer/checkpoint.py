@@ -9,10 +9,12 @@ name in it is a path, and every size is checked before memory is taken. Loads wi
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
+import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -28,6 +30,7 @@ _CHECKSUM_BYTES = 16
 _MAX_HEADER_BYTES = 1 << 20
 
 Size = Annotated[int, Field(ge=0, le=1 << 40)]
+DType = Literal["<f4", "<i8", "|u1"]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.]+$", max_length=200)]
 
 
@@ -35,21 +38,52 @@ class _Header(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     config: dict[str, Any]
-    tensors: list[tuple[Name, Literal["<f4", "<i8"], Annotated[list[Size], Field(max_length=8)]]]
+    tensors: list[tuple[Name, DType, Annotated[list[Size], Field(max_length=8)]]]
 
 
 def pack(weights: Mapping[str, np.ndarray], config: TrainConfig) -> bytes:
-    """The file's content. Real numbers become fp32, whole ones int64; where the data lay is left
-    out."""
-    arrays = {name: array.astype(_dtype(array), order="C") for name, array in weights.items()}
+    """The file's content. Real numbers become fp32, whole ones int64, bytes stay bytes; where the
+    data lay is left out."""
+    return b"".join(_parts(weights, config))
+
+
+def write(path: Path, weights: Mapping[str, np.ndarray], config: TrainConfig) -> None:
+    """Put `pack`'s content in place of the file or leave everything as it was; survives a power
+    cut, and needs no memory for a second copy of the weights. Raises OSError."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            for part in _parts(weights, config):
+                file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):  # the fault that is being reported says more
+            partial.unlink(missing_ok=True)
+        raise
+
+
+def _parts(weights: Mapping[str, np.ndarray], config: TrainConfig) -> Iterator[bytes | memoryview]:
+    arrays = {name: np.asarray(array, _dtype(array), order="C") for name, array in weights.items()}
     header = _Header(
         config=config.without_places(),
         tensors=[(name, _dtype(array), list(array.shape)) for name, array in arrays.items()],
     )
     text = header.model_dump_json().encode()
-    parts = [_PREFIX.pack(MAGIC, len(text)), text, *(array.tobytes() for array in arrays.values())]
-    body = b"".join(parts)
-    return body + _checksum(body)
+    checksum = hashlib.blake2b(digest_size=_CHECKSUM_BYTES)
+    bodies = (_raw(array) for array in arrays.values() if array.size)
+    parts: tuple[bytes | memoryview, ...] = (_PREFIX.pack(MAGIC, len(text)), text, *bodies)
+    for part in parts:
+        checksum.update(part)
+        yield part
+    yield checksum.digest()
+
+
+def _raw(array: np.ndarray) -> memoryview:
+    flat: Any = array.reshape(-1).view(np.uint8)
+    return memoryview(flat)
 
 
 def read_config(path: Path) -> TrainConfig:
@@ -115,7 +149,9 @@ def _shaped(name: str, shapes: Mapping[str, tuple[int, ...]]) -> str:
     return f"{name} of shape {list(shapes[name])}" if name in shapes else f"no {name}"
 
 
-def _dtype(array: np.ndarray) -> Literal["<f4", "<i8"]:
+def _dtype(array: np.ndarray) -> DType:
+    if array.dtype == np.uint8:
+        return "|u1"
     return "<f4" if array.dtype.kind == "f" else "<i8"
 
 

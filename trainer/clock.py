@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from trainer.distributed import Group
 
@@ -51,6 +52,15 @@ class BudgetClock:
     _since: float | None = None
     _last_completion: float | None = None
     _durations: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT_STEPS))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Seconds so far on the slowest rank (a collective), and the last steps' of this one."""
+        return {"spent": self.group.max_float(self.elapsed()), "durations": list(self._durations)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Inverse of state_dict, before the start."""
+        self._spent = state["spent"]
+        self._durations.extend(state["durations"])
 
     def expect_step(self, seconds: float) -> None:
         """A first guess of the step time, from a primed step."""

@@ -7,12 +7,15 @@
     "all_but_first" "all_but_last"
     "first_4" "last_4"  that many from one end
     "spread_4"          that many, as evenly as whole numbers allow, never the first layer
+    "SSSL"              those marked S when the letters are tiled over the depth; the last layer is
+                        always L (short and long windows, nanochat)
 
 Loads without torch.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable
 
@@ -44,9 +47,14 @@ def select_layers(pattern: str, num_layers: int) -> tuple[int, ...]:
         return tuple(NAMED[pattern](num_layers))
     if counted := re.fullmatch(rf"({'|'.join(COUNTED)})_(\d+)", pattern):
         return _counted(counted[1], int(counted[2]), num_layers)
+    if re.fullmatch(r"[SL]+", pattern):
+        tiled = itertools.islice(itertools.cycle(pattern), num_layers - 1)
+        return tuple(layer for layer, letter in enumerate(tiled) if letter == "S")
     if not re.fullmatch(r"\d+(,\d+)*", pattern):
         names = ", ".join([*NAMED, *(f"{name}_N" for name in COUNTED)][1:])
-        raise ValueError(f"no such pattern; write numbers as in 2,4,6 or one of {names}")
+        raise ValueError(
+            f"no such pattern; write numbers as in 2,4,6 or one of {names}, or letters as in SSSL"
+        )
     layers = [int(number) for number in pattern.split(",")]
     missing = sorted({layer for layer in layers if layer >= num_layers})
     if missing:

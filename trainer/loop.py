@@ -22,7 +22,9 @@ from trainer.compilations import on_compilation
 from trainer.config import TrainConfig
 from trainer.config.recurrence import visits_at
 from trainer.config.row_schedule import row_stages
+from trainer.config.window_stages import window_stage_at
 from trainer.distributed import Group, join_group
+from trainer.ensemble import Ensemble
 from trainer.evaluate.scorer import EvalResult
 from trainer.finish import Finish, PackedSize
 from trainer.legality import illegal_in_use
@@ -31,17 +33,32 @@ from trainer.pacer import StepPacer
 from trainer.quantize.aware import QuantizationAware
 from trainer.quantize.qat_lite import QatLite
 from trainer.report import NullReporter, Reporter, TrainResult
-from trainer.schedule import extra_weight_decay, lr_multiplier, muon_momentum
+from trainer.resume import FILE as STATE_FILE
+from trainer.resume import Saved, StateFile
+from trainer.schedule import (
+    decay_multiplier,
+    extra_weight_decay,
+    lr_multiplier,
+    muon_momentum,
+    step_seed,
+)
 from trainer.workspace import Workspace, count, device_name, load_weights
 
 
-def train(config: TrainConfig, reporter: Reporter, out: Path | None = None) -> TrainResult:
+def train(
+    config: TrainConfig,
+    reporter: Reporter,
+    out: Path | None = None,
+    saved: Saved | None = None,
+) -> TrainResult:
     """Run one configuration to its score. Call it on every rank of the run.
 
     Args:
         config: the whole run; config.data.dir must hold a data set.
         reporter: the side channel; used on rank 0 only.
-        out: folder for artifact.bin, written by rank 0; None = a temporary folder.
+        out: folder for artifact.bin, written by rank 0; None = a temporary folder. Where
+            runtime.checkpoint_seconds is on, a run goes on from the state that it finds there.
+        saved: told on every rank when rank 0 has written a state.
 
     Returns: the same result on every rank (seconds are maxima over ranks).
     Raises: ConfigError, DataError, BackendError, ArtifactError; torch.OutOfMemoryError.
@@ -57,6 +74,9 @@ def train(config: TrainConfig, reporter: Reporter, out: Path | None = None) -> T
                 reason = None
             else:
                 run.prime()
+                if config.evaluate.ensemble != "off":
+                    run.ensemble = Ensemble(Path(out or scratch), run.work)
+                run.resume(Path(out or scratch), saved)
                 with on_compilation(run.note_compilation):
                     reason = run.train_to_budget()
             if reason is None:
@@ -65,12 +85,15 @@ def train(config: TrainConfig, reporter: Reporter, out: Path | None = None) -> T
         finally:
             run.work.loader.close()
         if reason is not None:
+            run.forget_state()
             return run.result(stop_reason=reason)
         if config.runtime.save_checkpoint:
             finish.save_checkpoint(Path(out or scratch) / "checkpoint.bin")
         prequant = finish.score_prequant(run.steps, run.clock.elapsed())
         size = finish.pack(Path(out or scratch) / "artifact.bin")
         score = finish.score_artifact(Path(out or scratch) / "artifact.bin")
+        run.score_ensemble()
+        run.forget_state()
         return run.result(prequant=prequant, score=score, size=size)
 
 
@@ -106,6 +129,11 @@ class Run:
     """Seconds of a primed step by the start of its phase, until that begins."""
     compilations: int = 0
     """Inside the clock, on this rank."""
+    ensemble: Ensemble | None = None
+    """Checkpoints to score together, if any."""
+    ensemble_loss: dict[str, float] = field(default_factory=dict)
+    state_file: StateFile | None = None
+    """Where the run's state is saved, if it is."""
 
     @classmethod
     def build(cls, config: TrainConfig, reporter: Reporter, group: Group) -> Run:
@@ -152,6 +180,66 @@ class Run:
             self.work.loader.load_state_dict(position)
             self.work.prime_evaluation()
 
+    def resume(self, folder: Path, saved: Saved | None) -> None:
+        """Go on where a lost run of the same settings was saved; see to it that this one is."""
+        if self.config.runtime.checkpoint_seconds == 0:
+            return
+        self.state_file = StateFile(
+            folder / STATE_FILE, self.work, self.optimizer, self.clock, self.average, saved
+        )
+        with self.work.timer.phase("restore"):
+            counted = self.state_file.restore()
+        if counted is not None:
+            self.steps, self.compilations = counted["steps"], counted["compilations"]
+            self.train_loss, self.step_seconds = counted["train_loss"], counted["step_seconds"]
+            if self.ensemble is not None:
+                self.ensemble.steps, self.ensemble.last = counted["ensemble"]
+            self.work.log(f"goes on after step {self.steps}, {self.clock.elapsed():.1f} s")
+            self._report_saved()
+
+    def _save_state(self) -> None:
+        """Save the run, outside the clock. The device is idle, the last step in the average."""
+        assert self.state_file is not None
+        self.clock.stop()
+        counted = {
+            "steps": self.steps,
+            "compilations": self.compilations,
+            "train_loss": self.train_loss,
+            "step_seconds": self.step_seconds,
+            "ensemble": [self.ensemble.steps, self.ensemble.last] if self.ensemble else None,
+        }
+        with self.work.timer.phase("save_state"):
+            self.state_file.save(counted)
+        self._report_saved()
+        self.clock.start()
+
+    def _report_saved(self) -> None:
+        self.work.reporter.emit("saved", step=self.steps, elapsed_s=self.clock.elapsed())
+
+    def forget_state(self) -> None:
+        """The run is over: nothing will go on from its state."""
+        if self.state_file is not None:
+            self.state_file.remove()
+        if self.ensemble is not None:
+            self.ensemble.remove()
+
+    def _keep_for_ensemble(self) -> None:
+        """Keep the weights of now, outside the clock. The device is idle."""
+        assert self.ensemble is not None
+        self.clock.stop()
+        with self.work.timer.phase("save_state"):
+            self.ensemble.take(self.steps)
+        self.clock.start()
+
+    def score_ensemble(self) -> None:
+        """Score the kept checkpoints together, where there are any."""
+        if self.ensemble is None:
+            return
+        with self.work.timer.phase("evaluate_ensemble"):
+            scores = self.ensemble.score()
+        self.ensemble_loss = {name: score.val_loss for name, score in scores.items()}
+        self.work.stages.update({name: score.val_bpb for name, score in scores.items()})
+
     def restore(self) -> None:
         """Take the weights from source.checkpoint instead of training; prime what scores them."""
         with self.work.timer.phase("restore"):
@@ -181,10 +269,15 @@ class Run:
         """One optimiser step; returns the mean training loss over all workers, on the device."""
         if self.work.model.objective is not None:
             self.work.model.objective.set_progress(progress)
+        if self.config.model.is_noisy:
+            torch.manual_seed(step_seed(self.config.runtime.seed, step, self.work.group.rank))
         micro_batches = self.work.loader.next_step(progress)
         visits = visits_at(self.config.recur_phases, progress)
+        stages = self.config.model.stages
+        stage = window_stage_at(stages, progress) if stages else 0
         total = torch.zeros((), device=self.work.group.device)
-        with self.aware.weights(progress), self.work.model.visiting(visits):
+        model = self.work.model
+        with self.aware.weights(progress), model.visiting(visits), model.in_window_stage(stage):
             divisors = self.work.loader.divisors
             for (tokens, targets), divisor in zip(micro_batches, divisors, strict=True):
                 loss = self.work.forward(tokens, targets, reduction="objective") / divisor
@@ -198,6 +291,7 @@ class Run:
             lr_mult,
             muon_momentum(optim, step, progress),
             extra_weight_decay(optim, lr_mult, progress),
+            decay_multiplier(self.config.schedule, progress),
         )
         self.qat_lite.pull(step, progress)
         self.optimizer.zero_grad()
@@ -209,7 +303,7 @@ class Run:
         pacer = StepPacer(self.work.group.device)
         reason: str | None = None
         self.clock.start()
-        for step in itertools.count():
+        for step in itertools.count(self.steps):
             self._collect(pacer.wait())
             reason = reason or self.work.reporter.stop_requested() or self._not_finite()
             gate = self.clock.gate(pacer.in_flight, reason is not None)
@@ -221,9 +315,16 @@ class Run:
             if gate.near_cap:
                 self.kept = self._keep(gate.elapsed_s)
             self._take_average()
-            self.unaveraged = self._progress(step, gate)
-            self._expect_phase(self.unaveraged)
-            pacer.launched(self._step(step, self.unaveraged))
+            progress = self._progress(step, gate)
+            if self.ensemble is not None and self.ensemble.is_due(self.steps, progress):
+                self._collect(pacer.drain())
+                self._keep_for_ensemble()
+            if self.state_file is not None and self.state_file.is_due(gate.elapsed_s):
+                self._collect(pacer.drain())
+                self._save_state()
+            self.unaveraged = progress
+            self._expect_phase(progress)
+            pacer.launched(self._step(step, progress))
             self.steps += 1
             if config.runtime.val_every and self.steps % config.runtime.val_every == 0:
                 self._collect(pacer.drain())
@@ -231,6 +332,8 @@ class Run:
         self._collect(pacer.drain())
         self.clock.stop()
         self.work.timer.add("train", self._settle_seconds())
+        if self.ensemble is not None:
+            self.ensemble.take(self.steps)
         reason = reason or self._not_finite()
         if self.work.group.max_float(float(reason is not None)) > 0:
             return reason or "stopped with rank 0"
@@ -239,6 +342,7 @@ class Run:
     def _phase_starts(self) -> list[float]:
         """Shares of the budget from which steps run another graph."""
         starts = {phase.start for phase in self.config.recur_phases}
+        starts |= {stage.start for stage in self.config.model.stages}
         return sorted(starts | {stage.start for stage in row_stages(self.config.data)})
 
     def _expect_phase(self, progress: float) -> None:
@@ -347,9 +451,10 @@ class Run:
         size: PackedSize | None = None,
     ) -> TrainResult:
         """The outcome so far, equal on every rank but for the size, which rank 0 knows."""
-        names = ["build", "restore", "prime", "train", "validate", "evaluate_trained", "average"]
+        names = ["build", "restore", "prime", "train", "validate"]
+        names += ["save_state", "evaluate_trained", "average"]
         names += ["calibrate", "checkpoint", "evaluate_prequant", "quantize", "pack"]
-        names += ["evaluate_stages", "evaluate"]
+        names += ["evaluate_stages", "evaluate", "evaluate_ensemble"]
         timer = self.work.timer
         seconds = self.work.group.max_floats(*(timer.seconds.get(name, 0.0) for name in names))
         compilations = int(self.work.group.max_float(float(self.compilations)))
@@ -373,6 +478,7 @@ class Run:
             val_bpb=score.val_bpb if score else None,
             val_bpb_prequant=prequant.val_bpb if prequant else None,
             stages=self.work.stages,
+            ensemble=self.ensemble_loss,
             val_tokens=score.num_tokens if score else None,
             bytes_code=size.bytes_code if size else None,
             bytes_model=size.bytes_model if size else None,

@@ -68,6 +68,47 @@ class EntropyWeightedLoss(Objective):
         return loss / weight_BT.mean() if self._normalise else loss
 
 
+class AheadLoss(Objective):
+    """sum over k of w_k mean_t -ln p_t(y_(t+k)): one head that is also asked for the tokens after
+    the next (slowrun, its tiny track).
+
+    A row's last places have no such token and are left out; the published kernel takes the first
+    ones of the next row. Weights live in a buffer, because Python floats would be compiled in.
+    """
+
+    weights: Tensor
+
+    def __init__(self, config: LossConfig) -> None:
+        super().__init__()
+        self._config = config
+        self.register_buffer("weights", torch.tensor(config.ahead), persistent=False)
+
+    def set_progress(self, progress: float) -> None:
+        for place, weight in enumerate(ahead_weights(self._config, progress)):
+            self.weights[place].fill_(weight)
+
+    def forward(self, logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
+        log_z_BT = torch.logsumexp(logits_BTV, dim=-1)
+        total = logits_BTV.new_zeros(())
+        for ahead, weight in enumerate(self.weights):
+            tokens_BS1 = targets_BT[:, ahead:, None]
+            num_places = tokens_BS1.size(1)
+            picked_BS = logits_BTV[:, :num_places].gather(-1, tokens_BS1)[..., 0]
+            total = total + weight * (log_z_BT[:, :num_places] - picked_BS).mean()
+        return total
+
+
+def ahead_weights(config: LossConfig, progress: float) -> list[float]:
+    """Weights at a share of the budget: each of the far tokens falls to 0 over an equal part of
+    ahead_until, the farthest first."""
+    weights = list(config.ahead)
+    part = config.ahead_until / max(1, len(weights) - 1)
+    for place in range(1, len(weights)):
+        begin = (len(weights) - 1 - place) * part
+        weights[place] *= 1.0 - min(1.0, max(0.0, (progress - begin) / part))
+    return weights
+
+
 def build_objective(config: LossConfig) -> Objective | None:
     """The objective of a run; None = the mean cross-entropy, which the model computes itself."""
     match config.kind:
@@ -75,6 +116,8 @@ def build_objective(config: LossConfig) -> Objective | None:
             return None
         case "mile":
             return MileLoss(config)
+        case "ahead":
+            return AheadLoss(config)
         case "entropy":
             return EntropyWeightedLoss(normalise=True)
         case "entropy_published":

@@ -12,9 +12,21 @@ from trainer.config import TrainConfig
 
 OPTIONAL: dict[str, Callable[[TrainConfig], bool]] = {
     "trainer.attention.flash4": lambda run: run.runtime.attention == "flash4",
+    "trainer.attention.pseudo_tokens": lambda run: (
+        run.model.iha == "interleaved" and run.model.iha_mask == "block"
+    ),
     "trainer.attention.varlen": lambda run: run.runtime.attention == "varlen",
-    "trainer.checkpoint": lambda run: bool(run.source.checkpoint) or run.runtime.save_checkpoint,
+    "trainer.checkpoint": lambda run: (
+        bool(run.source.checkpoint)
+        or run.runtime.save_checkpoint
+        or run.runtime.checkpoint_seconds > 0
+        or run.evaluate.ensemble != "off"
+    ),
+    "trainer.config.iha": lambda run: run.model.iha != "off",
+    "trainer.config.window_stages": lambda run: bool(run.model.window_stages),
+    "trainer.data.document_shuffle": lambda run: run.data.loader == "shuffled_documents",
     "trainer.data.overlap": lambda run: run.data.max_overlap < 1,
+    "trainer.ensemble": lambda run: run.evaluate.ensemble != "off",
     "trainer.evaluate.chunk_training": lambda run: run.evaluate.ttt == "chunks",
     "trainer.evaluate.document_training": lambda run: run.evaluate.ttt == "documents",
     "trainer.evaluate.naive_ttt": lambda run: run.evaluate.naive_ttt_epochs > 0,
@@ -26,7 +38,10 @@ OPTIONAL: dict[str, Callable[[TrainConfig], bool]] = {
     "trainer.kernels.mlp": lambda run: run.runtime.mlp_kernel != "compiled",
     "trainer.model.adapters": lambda run: run.evaluate.ttt == "documents",
     "trainer.model.differential": lambda run: run.model.diff_attention != "off",
+    "trainer.model.iha": lambda run: run.model.iha != "off",
+    "trainer.model.mtp": lambda run: run.model.mtp_weight > 0,
     "trainer.model.shared": lambda run: run.model.num_loops > 1,
+    "trainer.resume": lambda run: run.runtime.checkpoint_seconds > 0,
     "trainer.optim.sharded_muon": lambda run: run.optim.muon_comm == "reduce_scatter",
     "trainer.quantize.awq": lambda run: run.quantize.awq_groups > 0,
     "trainer.quantize.calibration": lambda run: run.quantize.method == "gptq",

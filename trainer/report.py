@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
-EventKind = Literal["start", "step", "val", "phase", "log"]
+EventKind = Literal["start", "step", "val", "phase", "log", "saved"]
 """Kinds of records in metrics.jsonl.
 
 start  once, before priming: {"num_params", "world_size", "device", "total_tokens_per_step"}
@@ -24,6 +24,7 @@ step   every runtime.log_every steps: {"step", "elapsed_s", "progress", "train_l
 val    {"step", "elapsed_s", "val_loss", "val_bpb"}
 phase  at the end of each phase: {"name", "seconds"}
 log    {"line"}
+saved  {"step", "elapsed_s"}: what a lost worker would not lose; also when a run goes on from there
 """
 
 
@@ -122,9 +123,10 @@ class TrainResult(BaseModel):
     device: str
     """Such as "cpu" or "NVIDIA H200"."""
     phases: dict[str, float]
-    """Seconds per phase: build, restore, prime, train, validate, evaluate_trained, average,
-    calibrate, checkpoint, evaluate_prequant, quantize, pack, evaluate_stages, evaluate. "train" and
-    "calibrate" count against budget.train_seconds, "evaluate" against budget.eval_seconds."""
+    """Seconds per phase: build, restore, prime, train, validate, save_state, evaluate_trained,
+    average, calibrate, checkpoint, evaluate_prequant, quantize, pack, evaluate_stages, evaluate,
+    evaluate_ensemble. "train" and "calibrate" count against budget.train_seconds, "evaluate"
+    against budget.eval_seconds."""
     step_ms: float | None = None
     """Median milliseconds of a step."""
     train_loss: float | None = None
@@ -139,6 +141,9 @@ class TrainResult(BaseModel):
     """Bits per byte stage by stage, as far as measured: "trained" at the end of training and
     "averaged" where average.kind replaced those weights, both before quantisation; "quantized"
     after it; all in plain rows; and the score under the name of its method."""
+    ensemble: dict[str, float] = {}
+    """Nats per token of the last checkpoints together, where evaluate.ensemble is on:
+    "ensemble_equal", "ensemble_weighted". Their bits per byte are in `stages`."""
     skipped: list[str] = []
     """Diagnostic passes that evaluate.prequant and evaluate.stages left out, in the words of
     `stages`."""

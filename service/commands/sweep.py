@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,7 +12,7 @@ from service.commands.looking import (
     StudyArgument,
     TrackingOption,
 )
-from service.commands.sweep_driver import drive, make_plan, mirror_leftovers
+from service.commands.sweep_driver import Plan, drive, make_plan, mirror_leftovers
 from service.commands.sweep_summary import show_summary
 from service.commands.terminal import (
     JsonFlag,
@@ -24,49 +24,64 @@ from service.commands.terminal import (
     say,
 )
 from service.commands.train import DataOption
-from service.config import load_settings
+from service.config import ServiceSettings, load_settings
+
+if TYPE_CHECKING:
+    from optuna import Study
+
+
+SpaceArgument = Annotated[str, typer.Argument(metavar="SPACE", help="See `caddie spaces`.")]
+NameOption = Annotated[
+    str | None, typer.Option("--study", metavar="NAME", help="Default: the space's name.")
+]
+NewFlag = Annotated[
+    bool, typer.Option("--new", help="A fresh study: adds -2, -3 ... to a name in use.")
+]
+RecipeOption = Annotated[
+    str | None, typer.Option("--recipe", metavar="NAME", help="Instead of the space's own recipe.")
+]
+TrialsOption = Annotated[
+    int | None, typer.Option("--trials", min=1, help="Trials of the study in all.")
+]
+RunnerOption = Annotated[
+    str | None, typer.Option("--runner", help="ray (default), or local: torchrun here.")
+]
+AddressOption = Annotated[
+    str | None, typer.Option("--address", metavar="RAY", help="Ray cluster to join.")
+]
+WorkersOption = Annotated[
+    int | None, typer.Option("--workers-per-trial", min=1, help="Processes per trial.")
+]
+GpusOption = Annotated[
+    float | None, typer.Option("--gpus-per-worker", min=0, help="GPUs of each process.")
+]
+CpusOption = Annotated[
+    float | None, typer.Option("--cpus-per-worker", min=0, help="CPUs of each process.")
+]
+SeedOption = Annotated[int | None, typer.Option("--seed", help="Of the sampler.")]
+GraceOption = Annotated[
+    float | None, typer.Option("--grace", min=0, metavar="S", help="For running trials at Ctrl-C.")
+]
 
 
 def run(
-    space: Annotated[str, typer.Argument(metavar="SPACE", help="See `caddie spaces`.")],
-    study: Annotated[
-        str | None, typer.Option("--study", metavar="NAME", help="Default: the space's name.")
-    ] = None,
-    new: Annotated[
-        bool, typer.Option("--new", help="A fresh study: adds -2, -3 ... to a name in use.")
-    ] = False,
-    recipe: Annotated[
-        str | None,
-        typer.Option("--recipe", metavar="NAME", help="Instead of the space's own recipe."),
-    ] = None,
-    trials: Annotated[
-        int | None, typer.Option("--trials", min=1, help="Trials of the study in all.")
-    ] = None,
+    space: SpaceArgument,
+    study: NameOption = None,
+    new: NewFlag = False,
+    recipe: RecipeOption = None,
+    trials: TrialsOption = None,
     sets: SetOption = None,
     data: DataOption = None,
     out: OutOption = None,
     storage: StorageOption = None,
     tracking: TrackingOption = None,
-    runner: Annotated[
-        str | None, typer.Option("--runner", help="ray (default), or local: torchrun here.")
-    ] = None,
-    address: Annotated[
-        str | None, typer.Option("--address", metavar="RAY", help="Ray cluster to join.")
-    ] = None,
-    workers: Annotated[
-        int | None, typer.Option("--workers-per-trial", min=1, help="Processes per trial.")
-    ] = None,
-    gpus: Annotated[
-        float | None, typer.Option("--gpus-per-worker", min=0, help="GPUs of each process.")
-    ] = None,
-    cpus: Annotated[
-        float | None, typer.Option("--cpus-per-worker", min=0, help="CPUs of each process.")
-    ] = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="Of the sampler.")] = None,
-    grace: Annotated[
-        float | None,
-        typer.Option("--grace", min=0, metavar="S", help="For running trials at Ctrl-C."),
-    ] = None,
+    runner: RunnerOption = None,
+    address: AddressOption = None,
+    workers: WorkersOption = None,
+    gpus: GpusOption = None,
+    cpus: CpusOption = None,
+    seed: SeedOption = None,
+    grace: GraceOption = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Run a study, or go on with the one of this name.
@@ -92,6 +107,19 @@ def run(
     )
     plan = make_plan(space, study, new, sets, settings, recipe)
     from service.status import status_of
+
+    opened, ended_well = _run_to_end(plan, settings)
+    if as_json:
+        print_json(status_of(opened).to_dict())
+    else:
+        show_summary(plan.name, opened, status_of(opened), settings)
+    if not ended_well:
+        raise typer.Exit(1)
+
+
+def _run_to_end(plan: Plan, settings: ServiceSettings) -> tuple[Study, bool]:
+    """The study and whether its sweep ended well; a finished one is only mirrored."""
+    from service.status import status_of
     from service.study import open_study
 
     opened = open_study(
@@ -103,22 +131,14 @@ def run(
         seed=settings.seed,
     )
     before = status_of(opened)
-    if before.told >= settings.trials and not before.states["RUNNING"]:
-        say(
-            f"study {plan.name} is finished: {before.told} trials of {settings.trials}. Ask for "
-            "more with --trials, or start afresh with --new"
-        )
-        mirror_leftovers(plan)
-        ended_well = True
-    else:
-        ended_well = drive(plan, opened)
-    status = status_of(opened)
-    if as_json:
-        print_json(status.to_dict())
-    else:
-        show_summary(plan.name, opened, status, settings)
-    if not ended_well:
-        raise typer.Exit(1)
+    if before.told < settings.trials or before.states["RUNNING"]:
+        return opened, drive(plan, opened)
+    say(
+        f"study {plan.name} is finished: {before.told} trials of {settings.trials}. Ask for "
+        "more with --trials, or start afresh with --new"
+    )
+    mirror_leftovers(plan)
+    return opened, True
 
 
 def status(

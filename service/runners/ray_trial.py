@@ -20,7 +20,13 @@ import ray
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2.api.callback import RayTrainCallback
-from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train.v2.api.config import (
+    CheckpointConfig,
+    FailureConfig,
+    LoggingConfig,
+    RunConfig,
+    ScalingConfig,
+)
 from ray.train.v2.api.exceptions import WorkerGroupError
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 from ray.util.placement_group import placement_group_table, remove_placement_group
@@ -107,6 +113,8 @@ class RayTrial:
                     failure_config=FailureConfig(
                         max_failures=0, controller_failure_limit=0, max_preemption_failures=0
                     ),
+                    # An attempt of the same name goes on from the last one's.
+                    checkpoint_config=CheckpointConfig(num_to_keep=1),
                     callbacks=[introduce],
                     logging_config=LoggingConfig(log_level="CRITICAL"),
                 ),
@@ -154,15 +162,21 @@ class RayTrial:
 
     def settle(self) -> None:
         """Work out how it ended and complete its folder. Call once, after its last news."""
-        shutil.rmtree(self._storage, ignore_errors=True)
         self._free_placement_group()
         if not self.cancelled:
             try:
                 self._final = self._finish()
             except Exception as error:
                 self._final = self._fail(f"{type(error).__name__}: {error}", RunState.FAILED, [])
+        if not self._may_go_on():
+            shutil.rmtree(self._storage, ignore_errors=True)
         self._kill_at = time.monotonic() + EXIT_GRACE_S
         self.settled = True
+
+    def _may_go_on(self) -> bool:
+        """Whether another attempt could use what Ray Train keeps."""
+        finished = self._final is not None and self._final.state is RunState.FINISHED
+        return self.spec.config.runtime.checkpoint_seconds > 0 and not finished
 
     def is_gone(self) -> bool:
         """Whether its processes on this machine have ended; they are killed when they take too

@@ -7,23 +7,26 @@ from __future__ import annotations
 
 import importlib
 import os
+import shutil
 import socket
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray
 import ray.train
+from ray.train import Checkpoint
 from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.util.placement_group import get_current_placement_group
 
 from service.runners.ray_mailbox import CONTROLLER, MailboxReporter, WorkerFailure, WorkerInfo
 from trainer.config import TrainConfig
 from trainer.errors import DataError
-from trainer.report import NullReporter, Reporter, TrainResult
+from trainer.report import NullReporter, TrainResult
 
 
 class IntroduceController(ControllerCallback):
@@ -63,6 +66,8 @@ def _train(job: dict[str, Any], rank: int) -> dict[str, Any]:
             "data set to the same path on every node, or put it on a file system they share"
         )
     train = _load(job["train"])
+    if config.runtime.checkpoint_seconds:
+        train = partial(train, saved=partial(_hand_over, rank))
     if rank != 0:
         train(config, NullReporter(), None)
         return {}
@@ -70,6 +75,7 @@ def _train(job: dict[str, Any], rank: int) -> dict[str, Any]:
     try:
         # Train workers start in a folder of their own inside the session's.
         with tempfile.TemporaryDirectory(prefix="artifact-", dir=".") as out:
+            _fetch_state(Path(out))
             result = train(config, reporter, Path(out))
             artifact = Path(out, "artifact.bin")
             packed = artifact.read_bytes() if artifact.exists() else None
@@ -78,7 +84,22 @@ def _train(job: dict[str, Any], rank: int) -> dict[str, Any]:
         reporter.close()
 
 
-def _load(path: str) -> Callable[[TrainConfig, Reporter, Path | None], TrainResult]:
+def _hand_over(rank: int, state: Path) -> None:
+    """Give the state that rank 0 has written to Ray Train, which keeps it in the trial's folder
+    until an attempt on whatever node asks for it. Called on every rank."""
+    folder = Checkpoint.from_directory(state.parent) if rank == 0 else None
+    ray.train.report({}, checkpoint=folder)
+
+
+def _fetch_state(out: Path) -> None:
+    """Put the state that an earlier attempt handed over where the trainer looks for it."""
+    earlier = ray.train.get_checkpoint()
+    if earlier is not None:
+        with earlier.as_directory() as folder:
+            shutil.copytree(folder, out, dirs_exist_ok=True)
+
+
+def _load(path: str) -> Callable[..., TrainResult]:
     module, _, name = path.partition(":")
     return getattr(importlib.import_module(module), name)
 

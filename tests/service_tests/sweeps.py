@@ -126,3 +126,13 @@ def plain_space(*layers: int, lr: float = 0.05) -> Space:
     """Enqueues these depths in this order; nothing but the depth tells the trials apart."""
     points = [{"model.num_layers": depth, "optim.tied_embed_lr": lr} for depth in layers]
     return Space("plain", "tiny", "laptop", SMOKE.axes, tuple(points), "for tests")
+
+
+GOOD = FakeRun()
+DIVERGES = FakeRun(loss=lambda progress: 5.0 + 20 * progress)
+BREAKS = FakeRun(fails_at_s=6.0, error="Traceback ...\nValueError: a defect")
+
+
+def by_depth(spec: TrialSpec) -> FakeRun:
+    """Deeper is better, on this bench."""
+    return FakeRun(val_bpb=3.0 - 0.1 * spec.config.model.num_layers)

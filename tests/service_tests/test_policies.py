@@ -34,23 +34,31 @@ def test_after_failure() -> None:
     assert after_failure(2, POLICY) is AfterFailure.GIVE_UP
 
 
-def test_a_streak_counts_equal_verdicts_in_a_row() -> None:
+@pytest.mark.parametrize(
+    ("verdicts", "expected"),
+    [
+        ([REJECTED, REJECTED, FEASIBLE, REJECTED], Streak(rejected=1)),
+        ([FAILED, FAILED, FEASIBLE, FAILED], Streak(failed=1)),
+        ([REJECTED, FAILED], Streak(failed=1)),
+        ([FAILED, REJECTED, REJECTED, FAILED, REJECTED], Streak(rejected=1, failed=2)),
+    ],
+)
+def test_rejections_interrupt_no_streak_of_failures(verdicts: list[str], expected: Streak) -> None:
     streak = Streak()
-    for verdict in (REJECTED, REJECTED, FEASIBLE, REJECTED):
+    for verdict in verdicts:
         streak = streak.after(verdict)
-    assert streak == Streak(REJECTED, 1)
-    assert streak.after(REJECTED) == Streak(REJECTED, 2)
+    assert streak == expected
 
 
 @pytest.mark.parametrize(
     ("told", "streak", "expected"),
     [
         (10, Streak(), Ending.ENOUGH),
-        (9, Streak(REJECTED, 2), None),
-        (9, Streak(REJECTED, 3), Ending.ALL_REJECTED),
-        (9, Streak(FAILED, 1), None),
-        (9, Streak(FAILED, 2), Ending.ALL_FAILED),
-        (9, Streak(FEASIBLE, 99), None),
+        (9, Streak(rejected=2), None),
+        (9, Streak(rejected=3, failed=1), Ending.ALL_REJECTED),
+        (9, Streak(failed=1), None),
+        (9, Streak(rejected=1, failed=2), Ending.ALL_FAILED),
+        (9, Streak(), None),
     ],
 )
 def test_ending(told: int, streak: Streak, expected: Ending | None) -> None:

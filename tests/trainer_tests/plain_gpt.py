@@ -53,8 +53,14 @@ def _row_logits(config: ModelConfig, w: Weights, tokens: list[int]) -> Tensor:
         value_embed = looked_up @ w["value_embed.proj.weight"].T * w["value_embed.scale"]
     row = Row(x, value_embed)
     run = _unet if config.num_loops == 1 else _loops
-    x = run(config, w, x, row)
+    if config.num_passes == 1:
+        x = run(config, w, x, row)
+    else:
+        for place in range(config.num_passes):
+            is_cut = config.passes_gradient == "last" and place
+            x = _rms(run(config, w, x.detach() if is_cut else x, Row(row.x0, value_embed)))
     head = w["tok_emb.weight"] if config.tie_embeddings else w["head.weight"]
+    head = head[: config.vocab_size]
     return config.logit_softcap * torch.tanh(_rms(x) @ head.T / config.logit_softcap)
 
 
@@ -103,6 +109,8 @@ def _places(config: ModelConfig) -> list[int]:
 def _unet(config: ModelConfig, w: Weights, x: Tensor, row: Row) -> Tensor:
     places = _places(config)
     half = len(places) // 2
+    if config.recur_skips == "layers":
+        return _unet_by_layer(config, w, x, row, places)
     num_skips = half if config.recur_skips == "all" else config.num_layers // 2
     weights, gates = _rows(w, "skip_weights"), _rows(w, "skip_gates")
     outputs: list[Tensor] = []
@@ -129,6 +137,21 @@ def _unet(config: ModelConfig, w: Weights, x: Tensor, row: Row) -> Tensor:
     if config.backout_layer >= 0:
         last_visit = max(i for i, layer in enumerate(places) if layer == config.backout_layer)
         x = x - w["backout"] * outputs[last_visit]
+    return x
+
+
+def _unet_by_layer(
+    config: ModelConfig, w: Weights, x: Tensor, row: Row, places: list[int]
+) -> Tensor:
+    """Block half + s always takes the output of block half - 1 - s, however often it is visited."""
+    half = config.num_layers // 2
+    encoder: dict[int, Tensor] = {}
+    for place, layer in enumerate(places):
+        if half <= layer < 2 * half:
+            x = x + w["skip_weights"][layer - half] * encoder[2 * half - 1 - layer]
+        x = _visit(config, w, layer, places[:place], [], x, row)
+        if layer < half:
+            encoder[layer] = x
     return x
 
 
@@ -208,20 +231,28 @@ def _block(config: ModelConfig, w: Weights, layer: int, b: str, x: Tensor, row: 
     keep_attn, keep_mlp = w.get(b + "resid_lambdas", torch.ones(2, dtype=x.dtype))
     scale = 1 / math.sqrt(layer + 1) if config.ln_scale else 1.0
     both = w.get(b + "layer_scale", torch.ones((), dtype=x.dtype))
-    x = w[b + "resid_mix"][0] * x + w[b + "resid_mix"][1] * row.x0
+    if b + "resid_mix" in w:
+        x = w[b + "resid_mix"][0] * x + w[b + "resid_mix"][1] * row.x0
+    elif b + "keep_factor" in w:
+        x = w[b + "keep_factor"] * x + w[b + "embed_factor"] * row.x0
     start = x
-    if b + "attn_scale" in w:
+    one = torch.ones((), dtype=x.dtype)
+    if b + "attn.q.weight" in w:
         attended = _attention(config, w, layer, b + "attn.", _rms(x) * scale, row)
-        x = keep_attn * x + both * w[b + "attn_scale"] * attended
+        x = keep_attn * x + both * w.get(b + "attn_scale", one) * attended
     else:
         x = keep_attn * x
     is_joint = config.parallel == "joint" and layer >= config.parallel_start
     read = start if is_joint else x
-    return keep_mlp * x + both * w[b + "mlp_scale"] * _mlp(config, w, b, _rms(read) * scale)
+    mixed = _mlp(config, w, b, _rms(read) * scale)
+    return keep_mlp * x + both * w.get(b + "mlp_scale", one) * mixed
 
 
 def _mlp(config: ModelConfig, w: Weights, b: str, h: Tensor) -> Tensor:
     hidden = h @ w[b + "mlp.up.weight"].T
+    if config.mlp_kind == "swiglu":
+        gate = h @ w[b + "mlp.swish.weight"].T
+        return (gate * _sigmoid(gate) * hidden) @ w[b + "mlp.down.weight"].T
     hidden = torch.where(hidden > 0, hidden, config.leaky_slope * hidden) ** 2
     return hidden @ w[b + "mlp.down.weight"].T
 
@@ -234,18 +265,109 @@ def _attention(config: ModelConfig, w: Weights, layer: int, a: str, h: Tensor, r
         return [values[:, i * width : (i + 1) * width] for i in range(number)]
 
     q, k = heads("q", config.num_heads), heads("k", config.num_kv_heads)
-    v = _values(config, w, a, heads("v", config.num_kv_heads), row, is_first=layer == 0)
+    v = heads("v", config.num_kv_heads)
+    is_mixed = layer in _iha_layers(config)
+    if config.iha == "fused" and is_mixed:
+        q, k, v = (
+            [sum(w[f"{a}iha.{name}"][h, m] * part[m] for m in range(len(part))) for h in _of(part)]
+            for name, part in (("q", q), ("k", k), ("v", v))
+        )
+    v = _values(config, w, a, v, row, is_first=layer == 0)
+    if a + "value_proj.proj.weight" in w:
+        gates, extra = w[a + "value_proj.gate.weight"], row.x0 @ w[a + "value_proj.proj.weight"].T
+        for i, own in enumerate(v):
+            g = 2 * _sigmoid(sum(gates[i, j] * h[:, j] for j in range(gates.size(1))))
+            v[i] = own + g[:, None] * extra[:, i * width : (i + 1) * width]
     attend = _maps if config.diff_attention == "off" else _differences
+    if config.iha == "interleaved" and is_mixed:
+        attend = _interleaved
     out = attend(config, w, layer, a, q, k, v)
     if layer >= config.num_layers - config.xsa_last_n:
         per_group = config.num_heads // config.num_kv_heads
         for head, y in enumerate(out):
             own = v[head // per_group]
             along = (y * own).sum(-1, keepdim=True) / (own * own).sum(-1, keepdim=True)
-            out[head] = y - along * own
+            strength = torch.tanh(w[a + "xsa.strength"][head]) if a + "xsa.strength" in w else 1
+            out[head] = y - strength * along * own
     if config.attn_gate != "off":
         out = _gated(config, w, a, h, out)
+    if a + "iha.out" in w:
+        mix = w[a + "iha.out"]
+        out = [sum(mix[h, m] * out[h] for h in _of(out)) for m in _of(out)]
     return torch.cat(out, -1) @ w[a + "out.weight"].T
+
+
+def _of(heads: list[Tensor]) -> range:
+    return range(len(heads))
+
+
+def _iha_layers(config: ModelConfig) -> list[int]:
+    windowed = [i for i in range(config.num_layers) if _window(config, i) is not None]
+    plain = [i for i in range(config.num_layers) if i not in windowed]
+    everything = list(range(config.num_layers))
+    named = {"all": everything, "odd": everything[1::2], "short": windowed, "long": plain}
+    return named[config.iha_layers]
+
+
+def _interleaved(
+    config: ModelConfig,
+    w: Weights,
+    layer: int,
+    a: str,
+    q: list[Tensor],
+    k: list[Tensor],
+    v: list[Tensor],
+) -> list[Tensor]:
+    """Pseudo-token by pseudo-token and head by head; each looks at a list of (t', p')."""
+    num_tokens, num_pseudo, width = len(q[0]), config.iha_pseudo_heads, config.head_dim
+    per_group = len(q) // len(k)
+    gain, collapse = w[a + "q_gain"], w[a + "iha.collapse"]
+
+    def mixed(name: str, heads: list[Tensor], head: int, t: int, p: int) -> Tensor:
+        alpha = w[f"{a}iha.{name}"]
+        return sum(alpha[m, head, p] * heads[m][t] for m in range(len(heads)))
+
+    def placed(x: Tensor, t: int, p: int) -> Tensor:
+        place = t * num_pseudo + p if config.iha_positions == "pseudo" else t
+        return _turned(config, _rms(x), torch.tensor(float(place), dtype=x.dtype), config.rope_base)
+
+    everyone = [(t, p) for t in range(num_tokens) for p in range(num_pseudo)]
+    each: dict[tuple[int, int, int], Tensor] = {}
+    for head in range(len(q)):
+        group = head // per_group
+        keys = {(t, p): placed(mixed("k", k, group, t, p), t, p) for t, p in everyone}
+        values = {(t, p): mixed("v", v, group, t, p) for t, p in everyone}
+        for t, p in everyone:
+            query = gain[head] * placed(mixed("q", q, head, t, p), t, p)
+            seen = [key for key in everyone if _sees(config, layer, t, p, *key)]
+            scores = torch.stack([query @ keys[key] / math.sqrt(width) for key in seen])
+            weights = torch.exp(scores) / torch.exp(scores).sum()
+            each[head, t, p] = sum(x * values[key] for x, key in zip(weights, seen, strict=True))
+    out = []
+    for head in range(len(q)):
+        tokens = []
+        for t in range(num_tokens):
+            total = torch.zeros(width, dtype=q[0].dtype)
+            for other in range(len(q)):
+                for p in range(num_pseudo):
+                    if config.iha_collapse == "all":
+                        total = total + collapse[head, other * num_pseudo + p] * each[other, t, p]
+                    elif other == head:
+                        total = total + collapse[head, p] * each[other, t, p]
+            tokens.append(total)
+        out.append(torch.stack(tokens))
+    return out
+
+
+def _sees(config: ModelConfig, layer: int, t: int, p: int, key_t: int, key_p: int) -> bool:
+    num_pseudo, window = config.iha_pseudo_heads, _window(config, layer)
+    if config.iha_mask == "causal":
+        distance = (t - key_t) * num_pseudo + p - key_p
+        factor = num_pseudo if config.iha_windows == "tokens" else 1 / num_pseudo
+    else:
+        distance = t - key_t
+        factor = 1 if config.iha_windows == "tokens" else 1 / num_pseudo**2
+    return distance >= 0 and (window is None or distance <= window * factor)
 
 
 def _gated(config: ModelConfig, w: Weights, a: str, h: Tensor, out: list[Tensor]) -> list[Tensor]:
@@ -287,6 +409,8 @@ def _values(
 
 
 def _window(config: ModelConfig, layer: int) -> int | None:
+    if config.window_layers == "SSL":  # tiled over five layers: S S L S, then L as the last
+        return config.window if layer in (0, 1, 3) else None
     layers = {"": [], "even": range(0, 99, 2), "odd": range(1, 99, 2), "1,3": [1, 3]}
     return config.window if layer in layers[config.window_layers] else None
 
@@ -305,9 +429,14 @@ def _maps(
     k: list[Tensor],
     v: list[Tensor],
 ) -> list[Tensor]:
-    gain = w[a + "q_gain"]
+    gain = w.get(a + "q_gain", [1.0] * config.num_heads)
     q = [gain[i] * _rotary(config, _rms(head)) for i, head in enumerate(q)]
     k = [_rotary(config, _rms(head)) for head in k]
+    if config.key_offset_layers and str(layer) in config.key_offset_layers.split(","):
+        half = config.head_dim // 2
+        for head in k:
+            late = head[:, half:].clone()
+            head[1:, half:] = late[:-1]
     return _attend(config, layer, q, k, v)
 
 
@@ -345,12 +474,19 @@ def _differences(
 def _rotary(config: ModelConfig, x: Tensor) -> Tensor:
     """Pair (i, i + R/2) as a complex number, turned by position * base^(-2i/R); R dims turn."""
     turned_dims = config.rope_dims or x.size(-1)
-    half = turned_dims // 2
     base = config.rope_base
     if config.rope_ntk_len and len(x) > config.rope_ntk_len:
         base *= (len(x) / config.rope_ntk_len) ** (turned_dims / (turned_dims - 2))
-    pairs = torch.complex(x[:, :half], x[:, half:turned_dims])
+    return _turned(config, x, torch.arange(len(x), dtype=x.dtype)[:, None], base)
+
+
+def _turned(config: ModelConfig, x: Tensor, place: Tensor, base: float) -> Tensor:
+    turned_dims = config.rope_dims or x.size(-1)
+    half = turned_dims // 2
+    pairs = torch.complex(x[..., :half], x[..., half:turned_dims])
     frequency = base ** (-2 * torch.arange(half, dtype=x.dtype) / turned_dims)
-    angle = torch.arange(len(x), dtype=x.dtype)[:, None] * frequency
-    turned = pairs * torch.exp(-1j * angle)
-    return torch.cat((turned.real, turned.imag, x[:, turned_dims:]), -1)
+    if config.half_rope:
+        frequency = base ** (-4 * torch.arange(half, dtype=x.dtype) / turned_dims)
+        frequency[half // 2 :] = 0
+    turned = pairs * torch.exp(-1j * place * frequency)
+    return torch.cat((turned.real, turned.imag, x[..., turned_dims:]), -1)

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.trainer_tests.architectures import SWITCHES, config_of
 from trainer.account import count_parameters, flops_per_token, parameter_table
-from trainer.attention import select_backend
+from trainer.attention import Attend, select_backend
 from trainer.config import ModelConfig
 from trainer.model.gpt import GPT
 from trainer.recipes import RECIPES
@@ -96,25 +96,55 @@ def test_attention_operations_are_those_of_the_visible_keys() -> None:
 
 
 @pytest.mark.parametrize("name", SWITCHES)
-def test_operations_of_a_step_equal_those_of_the_real_model(name: str) -> None:
+def test_operations_of_a_step_equal_those_of_the_real_model(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Matrix products as torch counts them, attention by the keys that the backend was asked
     for."""
     num_tokens, attention = 7, 0
 
     def count_keys(q: Tensor, k: Tensor, v: Tensor, /, *, window: int | None = None) -> Tensor:
         nonlocal attention
-        keys = [min(t, num_tokens if window is None else window) + 1 for t in range(num_tokens)]
+        num = q.size(1)  # more than num_tokens where heads interleave
+        keys = [min(t, num if window is None else window) + 1 for t in range(num)]
         of_a_key = 2 * q.size(3) + 2 * v.size(3)
-        attention += 3 * q.size(0) * q.size(2) * sum(keys) * of_a_key
+        times = 3 if torch.is_grad_enabled() else 1  # a pass without a gradient only goes forward
+        attention += times * q.size(0) * q.size(2) * sum(keys) * of_a_key
         return q + (k + v).repeat_interleave(q.size(2) // k.size(2), dim=2)
 
+    def count_blocks(per_token: int) -> Attend:
+        def count(q: Tensor, k: Tensor, v: Tensor, /, *, window: int | None = None) -> Tensor:
+            nonlocal attention
+            tokens = range(q.size(1) // per_token)
+            keys = [min(t, len(tokens) if window is None else window) + 1 for t in tokens]
+            attention += 3 * q.size(0) * q.size(2) * sum(keys) * per_token**2 * 4 * q.size(3)
+            return q + (k + v).repeat_interleave(q.size(2) // k.size(2), dim=2)
+
+        return count
+
+    monkeypatch.setattr("trainer.model.iha.build_by_token", count_blocks)
     config = config_of(name)
     model = GPT(config, count_keys)
     tokens = torch.zeros(2, num_tokens, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter:
         model(tokens, tokens).backward()
     expected = 2 * num_tokens * flops_per_token(config, num_tokens)
+    expected += _operations_on_weights(config)
     assert counter.get_total_flops() + attention == pytest.approx(expected, rel=1e-12)
+
+
+def _operations_on_weights(config: ModelConfig) -> int:
+    """Matrices mix once in a step, not for each token: 2 D C forward, twice that backward, for each
+    entry of a mix."""
+    heads, groups = config.num_heads**2, config.num_kv_heads**2
+    if config.iha == "fused":
+        entries = heads * (2 if config.iha_fused == "qkvo" else 1) + 2 * groups
+    elif config.iha_product == "weights":
+        entries = config.iha_pseudo_heads * (heads + groups)
+    else:
+        return 0
+    layers = [layer for layer in range(config.num_layers) if config.iha_of(layer) != "off"]
+    return 6 * len(layers) * entries * config.head_dim * config.model_dim
 
 
 def test_loads_without_torch() -> None:

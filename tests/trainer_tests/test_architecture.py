@@ -96,6 +96,7 @@ def test_compiles_as_one_graph_with_the_same_numbers(name: str) -> None:
 def test_a_switch_leaves_the_other_initial_weights_alone(name: str) -> None:
     """So that trials of a sweep with one seed differ in what is swept and in nothing else."""
     shapes = {"num_layers", "num_kv_heads", "tie_embeddings", "no_attention_layers"}
+    shapes |= {"padded_vocab"}
     off = {key: value for key, value in SWITCHES[name].items() if key in shapes}
     starts = []
     for config in (ModelConfig(**(BASE | off)), config_of(name)):
@@ -227,7 +228,9 @@ def test_every_parameter_has_an_optimiser_and_control_tensors_keep_32_bits(name:
     table = parameter_table(config.model)
     for parameter, rule in assign(table, param_rules(config)).items():
         is_matrix = parameter.startswith("blocks.") and len(table[parameter]) == 2
-        is_small = any(part in parameter for part in (".lora.", ".gate.", ".lanes.", "resid_mix"))
+        is_small = any(
+            part in parameter for part in (".lora.", ".gate.", ".iha.", ".lanes.", "resid_mix")
+        )
         in_muon = is_matrix and not is_small
         assert (rule.optimizer == "muon") == in_muon, parameter
         is_table = parameter in (

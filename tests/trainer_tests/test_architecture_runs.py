@@ -25,7 +25,16 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     "name",
-    ["pr1212", "pr1894", "frontier", "recur_untied", "everything_else", "loops_with_the_rest"],
+    [
+        "pr1212",
+        "pr1894",
+        "frontier",
+        "recur_untied",
+        "everything_else",
+        "loops_with_the_rest",
+        "iha_fused_out",
+        "iha_published",
+    ],
 )
 def test_many_switches_at_once_train_pack_and_score(data_dir: Path, name: str) -> None:
     switches = {f"model.{key}": value for key, value in SWITCHES[name].items()}

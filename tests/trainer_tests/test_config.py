@@ -176,6 +176,8 @@ OUTSIDE_THE_DIGEST = {
     "runtime.prime_steps": 99,
     "runtime.log_every": 99,
     "runtime.val_every": 99,
+    "runtime.checkpoint_seconds": 99.0,
+    "runtime.resume": "never",
     "runtime.save_checkpoint": True,
 }
 

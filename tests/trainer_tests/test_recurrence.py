@@ -26,7 +26,7 @@ from trainer.distributed import Group
 from trainer.errors import ConfigError
 from trainer.evaluate.bits_per_byte import evaluate
 from trainer.loop import Run, train
-from trainer.model.adapters import Adapters
+from trainer.model.attention import Context
 from trainer.model.gpt import GPT
 from trainer.optim import build_optimizer
 from trainer.quantize import dequantize
@@ -78,7 +78,9 @@ def test_order_and_skips_are_the_published_ones(
     assert (fewer.num_skips, fewer.num_recur_skips) == (5, 0)
 
 
-@pytest.mark.parametrize("name", ["recur", "recur_ab", "recur_untied", "pr1894", "recur_alpha"])
+@pytest.mark.parametrize(
+    "name", ["recur", "recur_ab", "recur_untied", "pr1894", "recur_alpha", "recur_layers"]
+)
 def test_one_visit_equals_no_recurrence_and_leaves_what_it_does_not_use(name: str) -> None:
     config = config_of(name)
     off = {"recur_visits": 1, "recur_blend": "off", "recur_lora_rank": 0, "recur_untied_mlp": ""}
@@ -289,13 +291,13 @@ def configure(data_dir: Path) -> Callable[..., TrainConfig]:
 def recorded_visits(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """Visits of every forward pass that makes gradients, and of every other as a negative."""
     seen: list[int] = []
-    run_blocks = GPT._hidden
+    run_blocks = GPT._unet
 
-    def spy(self: GPT, tokens: Tensor, adapters: Adapters | None) -> Tensor:
+    def spy(self: GPT, x_BTC: Tensor, context: Context) -> Tensor:
         seen.append(self.visits_now if torch.is_grad_enabled() else -self.visits_now)
-        return run_blocks(self, tokens, adapters)
+        return run_blocks(self, x_BTC, context)
 
-    monkeypatch.setattr(GPT, "_hidden", spy)
+    monkeypatch.setattr(GPT, "_unet", spy)
     yield seen
 
 

@@ -34,10 +34,19 @@ class DataConfig(Settings):
     mix_weighting: Literal["token", "worker"] = "token"
     """What counts alike in the gradient of a mix: every token, or every lane's mean, as published.
     The same unless lanes differ in tokens."""
-    loader: Literal["sequential", "shuffled", "coprime", "document"] = "sequential"
+    loader: Literal["sequential", "shuffled", "coprime", "document", "shuffled_documents"] = (
+        "sequential"
+    )
     """Order of rows. "sequential": the stream as it is. "shuffled": every window of a row's length
     once an epoch, at random. "coprime": windows in coprime strides, a few shards at a time.
-    "document": as sequential, but a shard starts at its first document and no step leaves it."""
+    "document": as sequential, but a shard starts at its first document and no step leaves it.
+    "shuffled_documents": epochs of rows in random order, the documents in a new order each time."""
+    epoch_multiple: PositiveInt = 1
+    """With "shuffled_documents", rows of an epoch are a multiple of this, the rest is dropped. The
+    published loader's is the rows that all workers take at once (4 x 8 = 32)."""
+    shuffle_seed: Annotated[int, Field(ge=0)] = 0
+    """With "shuffled_documents", another order for another number; 0 = the published one, whatever
+    runtime.seed is."""
     train_split: Literal["train", "val", "both"] = "train"
     """Text to train on. All but "train" is illegal on the golf tracks: for replays only."""
     seq_len_schedule: str = ""
@@ -56,7 +65,7 @@ class DataConfig(Settings):
 
     @model_validator(mode="after")
     def _batches_divide(self) -> Self:
-        faults = mix_faults(self) + row_schedule_faults(self)
+        faults = mix_faults(self) + row_schedule_faults(self) + self._epoch_faults()
         if self.mix:
             return raise_together(self, faults)
         if self.batch_tokens % self.seq_len:
@@ -70,3 +79,21 @@ class DataConfig(Settings):
                 f"data.seq_len = {self.seq_len}; raise it"
             )
         return raise_together(self, faults)
+
+    def _epoch_faults(self) -> list[str]:
+        if self.loader == "shuffled_documents":
+            if self.mix:
+                return [
+                    f'data.loader = "shuffled_documents" has rows of one length, data.mix = '
+                    f'"{self.mix}" several; set data.mix = ""'
+                ]
+            return []
+        return [
+            f'data.{name} = {value} is only for data.loader = "shuffled_documents"; set the '
+            f"loader, or {default}"
+            for name, value, default in (
+                ("epoch_multiple", self.epoch_multiple, 1),
+                ("shuffle_seed", self.shuffle_seed, 0),
+            )
+            if value != default
+        ]

@@ -30,6 +30,18 @@ class EvaluateConfig(Settings):
     stages: bool = False
     """Also score the artifact in plain rows when the score is made otherwise; a diagnostic outside
     every budget."""
+    ensemble: Literal["off", "equal", "weighted", "both"] = "off"
+    """Also score the last checkpoints of the run by the mean of their probabilities, all alike or
+    in proportion to 1 .. K, newest heaviest; a diagnostic outside every budget, since the artifact
+    holds one set of weights."""
+    ensemble_size: PositiveInt = 3
+    """Checkpoints in the ensemble, K: the last ones (slowrun: 3 in its hour, 11 in two)."""
+    ensemble_every: Annotated[int, Field(ge=0)] = 0
+    """Steps between checkpoints of the ensemble; 0 = by ensemble_at. The weights at the end of
+    training are always the last one."""
+    ensemble_at: Literal["epochs", "cycles"] = "epochs"
+    """Ends of what a checkpoint of the ensemble is taken at: of every pass over the text, or of
+    every one of schedule.cycles, which a run by the clock has whatever the size of its text."""
     naive_ttt_epochs: Annotated[int, Field(ge=0)] = 0
     """Passes of SGD over the validation text before it is scored, as #675 did; 0 = off. Illegal on
     the golf tracks."""

@@ -7,7 +7,13 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from trainer.config.base import PositiveFloat, PositiveInt, Settings, raise_together
+from trainer.config.iha import faults_of_iha, iha_layers, pseudo_window
 from trainer.config.recurrence import Place, count_skips, visit_order
+from trainer.config.window_stages import (
+    WindowStage,
+    faults_of_window_stages,
+    parse_window_stages,
+)
 from trainer.layer_pattern import select_layers
 
 
@@ -38,8 +44,59 @@ class ModelConfig(Settings):
     """Logits are squashed to +-softcap by softcap * tanh(logits / softcap)."""
     leaky_slope: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Slope of the MLP's activation below 0, before squaring; 0 = squared ReLU."""
-    matrix_init: Literal["uniform", "orthogonal"] = "uniform"
-    """Initial q, k, v and up matrices: PyTorch's default for linear layers, or orthogonal."""
+    mlp_kind: Literal["squared", "swiglu"] = "squared"
+    """"squared": down(relu(up x)^2), or its leaky form. "swiglu": down(silu(swish x) * up x), a
+    third matrix."""
+    matrix_init: Literal["uniform", "orthogonal", "unit"] = "uniform"
+    """Initial q, k, v and up matrices: PyTorch's default for linear layers; orthogonal; or uniform
+    with standard deviation 1 / sqrt(inputs)."""
+    out_init: Literal["zeros", "normal"] = "zeros"
+    """Initial matrices that write to the residual stream; "normal" has standard deviation 1 /
+    sqrt(model_dim)."""
+    head_init_std: Annotated[float, Field(ge=0)] = 0.0
+    """Standard deviation of an untied head's initial weights; 0 = zeros."""
+    padded_vocab: Annotated[int, Field(ge=0)] = 0
+    """Rows of embedding and head where a multiple of 64 is faster than vocab_size; the logits of
+    those beyond are dropped. 0 = vocab_size."""
+    resid_mix: Literal["channel", "scalar", "none"] = "channel"
+    """Learned factors on stream and embedding before each block: one per channel, one each
+    (slowrun), or none."""
+    resid_keep_init: PositiveFloat = 1.0
+    """Initial factor on the stream of resid_mix = "scalar"."""
+    embed_mix_init: float = 0.1
+    """Initial factor on the embedding of resid_mix = "scalar"."""
+    branch_scales: Literal["channel", "none"] = "channel"
+    """Learned scales per channel on what attention and MLP add, or none."""
+    qk_gain: Literal["learned", "off"] = "learned"
+    """The gain of qk_gain_init, or none."""
+    skip_kind: Literal["channel", "scalar"] = "channel"
+    """A skip's learned weight, and its gate: per channel, or one number."""
+    attn_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of what attention adds that training zeroes, at random; the rest grows; 0 = off."""
+    mlp_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """The same of what the MLP adds."""
+    stoch_depth: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Chance that a training pass leaves out the last block for a whole micro-batch; that of block
+    i of L is i / (L - 1) of it. Nothing is rescaled. 0 = off."""
+    mtp_weight: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the loss of the token after the next, predicted by one more block that training
+    alone runs (DeepSeek-V3); 0 = off. Its weights stay in the model."""
+    num_passes: PositiveInt = 1
+    """Times that the whole network is run, in all, each pass normalised and fed with the one
+    before; 1 = off. schedule.recur_start puts it off in training."""
+    passes_gradient: Literal["last", "all"] = "last"
+    """Passes that carry a gradient."""
+    half_rope: bool = False
+    """Only the faster half of the rotary frequencies turn, at base rope_base over half a head; the
+    others carry no position."""
+    key_offset_layers: str = ""
+    """Layers whose keys have their second half from the token before, as in
+    trainer/layer_pattern.py; "" = none."""
+    value_proj_layers: str = ""
+    """Layers whose values a projection of the normalised embedding joins, 2 sigmoid(w_g n[:W])
+    times it, from 1 (slowrun: "odd"), as in trainer/layer_pattern.py; "" = none."""
+    value_proj_gate_dim: PositiveInt = 32
+    """W, the leading channels that its gate reads."""
     layer_scale_init: PositiveFloat = 1.0
     """Initial per-channel scale of what attention and MLP add to the residual stream."""
     ln_scale: bool = False
@@ -83,6 +140,8 @@ class ModelConfig(Settings):
     none."""
     xsa_last_n: Annotated[int, Field(ge=0)] = 0
     """Last layers whose attention output loses its part along the token's own value; 0 = off."""
+    xsa_strength: Literal["full", "learned"] = "full"
+    """How much of that part: all, or tanh of a learned number per head, from 0."""
     rope_dims: Annotated[int, Field(ge=0)] = 0
     """Leading dimensions of a head that rotate; 0 = all."""
     rope_ntk_len: Annotated[int, Field(ge=0)] = 0
@@ -109,9 +168,10 @@ class ModelConfig(Settings):
     """First block that recurs, from 0."""
     recur_last: Annotated[int, Field(ge=0)] = 5
     """Last block that recurs."""
-    recur_skips: Literal["all", "plain"] = "all"
-    """Skips with recurrence: one for every output of the longer first half, or as many as without
-    recurrence, so that the rest is dropped (#1894)."""
+    recur_skips: Literal["all", "plain", "layers"] = "all"
+    """Skips with recurrence: one for every output of the longer first half; as many as without
+    recurrence, so that the rest is dropped (#1894); or "layers", in which each visit of a block of
+    the second half takes the skip of that block again (slowrun)."""
     recur_blend: Literal["off", "alpha", "ab"] = "off"
     """What a repeat visit makes of its input x, its output y and the output z of the visit of the
     same block before: "alpha", x + alpha (y - x); "ab", a y + b z; learned for each repeat."""
@@ -163,6 +223,44 @@ class ModelConfig(Settings):
     """With document_attention: cut documents into pieces of so many tokens that do not see each
     other; 0 = off."""
 
+    iha: Literal["off", "fused", "interleaved"] = "off"
+    """Heads mix before attention (interleaved head attention): "fused", by a matrix of head by head
+    folded into each projection (slowrun main); "interleaved", into pseudo-heads that stand side by
+    side in the sequence (slowrun #78)."""
+    iha_layers: str = "all"
+    """Layers that iha applies to: as in trainer/layer_pattern.py, or "short" for those with a
+    window, or "long" for the others."""
+    iha_fused: Literal["qkv", "qkvo"] = "qkv"
+    """Projections that iha = "fused" mixes."""
+    iha_pseudo_heads: Annotated[int, Field(ge=1, le=16)] = 2
+    """P, the pseudo-heads of a head under iha = "interleaved"; the sequence is P times as long."""
+    iha_init: Literal["first", "replicated"] = "first"
+    """Initial pseudo-heads: "first", the first one is the head and the others are zero (published;
+    not plain attention); "replicated", each is the head."""
+    iha_positions: Literal["pseudo", "token"] = "pseudo"
+    """Rotary position of pseudo-head p of token t: t P + p (published), or t."""
+    iha_mask: Literal["causal", "block"] = "causal"
+    """What a pseudo-token sees of its own token: pseudo-heads up to itself (published), or all.
+    Replicated, with positions and windows by "token", "block" begins as plain attention."""
+    iha_windows: Literal["flops", "tokens"] = "flops"
+    """A window in interleaved layers: "flops", window / P pseudo-tokens, as much work as the plain
+    window (published); "tokens", as many tokens as the plain window."""
+    iha_collapse: Literal["own", "all"] = "own"
+    """What a head becomes: a sum of its own pseudo-heads (published), or of those of all heads (the
+    paper)."""
+    iha_product: Literal["heads", "weights"] = "heads"
+    """How queries and keys of pseudo-heads are made: by mixing the projected heads, or by one
+    projection with mixed weights, P times as wide, which moves less memory for more operations.
+    The same numbers but for rounding."""
+    qk_norm: Literal["before_rope", "after_rope"] = "before_rope"
+    """Whether queries and keys are normalised before they rotate or after. A rotation keeps the
+    norm, so that only the rounding differs."""
+
+    window_stages: str = ""
+    """Windows that grow in the course of the run, as SHORT:LONG of the layers with and without a
+    window, with the share of the budget from which: "256:768,768:1792@0.3,1280:2048@0.6"; YaRN
+    stretches positions on the way. The last short one is window. "" = off."""
+
     @model_validator(mode="after")
     def _shapes_divide(self) -> Self:
         faults = []
@@ -183,6 +281,9 @@ class ModelConfig(Settings):
             )
         faults += self._faults_of_layers() + self._faults_of_techniques() + self._faults_of_loops()
         faults += self._faults_of_recurrence() + self._faults_of_parallel()
+        faults += self._faults_of_slowrun_parts()
+        faults += faults_of_iha(self) if self.iha != "off" else []
+        faults += faults_of_window_stages(self) if self.window_stages else []
         return raise_together(self, faults)
 
     def _faults_of_layers(self) -> list[str]:
@@ -201,7 +302,12 @@ class ModelConfig(Settings):
                 select_layers(pattern, self.num_layers)
             except ValueError as error:
                 faults.append(f"model.{owner}_layers = {pattern!r}: {error}")
-        for name in ("recur_untied_mlp", "no_attention_layers"):
+        for name in (
+            "recur_untied_mlp",
+            "no_attention_layers",
+            "value_proj_layers",
+            "key_offset_layers",
+        ):
             try:
                 select_layers(getattr(self, name), self.num_layers)
             except ValueError as error:
@@ -269,6 +375,18 @@ class ModelConfig(Settings):
             "parallel": (self.parallel, "off"),
             "layer_scale": (self.layer_scale, False),
             "attn_gate": (self.attn_gate, "off"),
+            "mlp_kind": (self.mlp_kind, "squared"),
+            "out_init": (self.out_init, "zeros"),
+            "resid_mix": (self.resid_mix, "channel"),
+            "branch_scales": (self.branch_scales, "channel"),
+            "qk_gain": (self.qk_gain, "learned"),
+            "value_proj_layers": (self.value_proj_layers, ""),
+            "xsa_strength": (self.xsa_strength, "full"),
+            "attn_dropout": (self.attn_dropout, 0.0),
+            "mlp_dropout": (self.mlp_dropout, 0.0),
+            "stoch_depth": (self.stoch_depth, 0.0),
+            "mtp_weight": (self.mtp_weight, 0.0),
+            "num_passes": (self.num_passes, 1),
             "no_attention_layers": (self.no_attention_layers, ""),
         }
         return [
@@ -304,6 +422,78 @@ class ModelConfig(Settings):
             f"not recur; choose from {self.recur_first} to {self.recur_last}"
             for layer in sorted(strange)
         ]
+
+    def _faults_of_slowrun_parts(self) -> list[str]:
+        faults = []
+        if self.padded_vocab and self.padded_vocab < self.vocab_size:
+            faults.append(
+                f"model.padded_vocab = {self.padded_vocab} is below model.vocab_size = "
+                f"{self.vocab_size}; raise it, or set 0"
+            )
+        if self.head_init_std and self.tie_embeddings:
+            faults.append(
+                f"model.head_init_std = {self.head_init_std:g} is about a head of its own; set "
+                "model.tie_embeddings = false, or 0"
+            )
+        if self.value_proj_layers and self.value_proj_gate_dim > self.model_dim:
+            faults.append(
+                f"model.value_proj_gate_dim = {self.value_proj_gate_dim} is above model.model_dim "
+                f"= {self.model_dim}; lower it"
+            )
+        if self.xsa_strength == "learned" and not self.xsa_last_n:
+            faults.append(
+                'model.xsa_strength = "learned" has no layer while model.xsa_last_n = 0; raise it, '
+                'or set model.xsa_strength = "full"'
+            )
+        if self.mlp_kind == "swiglu" and self.leaky_slope:
+            faults.append(
+                f'model.leaky_slope = {self.leaky_slope:g} bends no model.mlp_kind = "swiglu"; set '
+                "0"
+            )
+        if self.mlp_kind == "swiglu" and self.recur_lora_rank:
+            faults.append(
+                f"model.recur_lora_rank = {self.recur_lora_rank} has no adapter for the third "
+                'matrix of model.mlp_kind = "swiglu"; set 0'
+            )
+        if self.branch_scales == "none" and (self.layer_scale or self.layer_scale_init != 1):
+            faults.append(
+                'model.branch_scales = "none" leaves nothing for model.layer_scale = '
+                f"{self.layer_scale} and model.layer_scale_init = {self.layer_scale_init:g}; set "
+                "false and 1"
+            )
+        if self.qk_gain == "off" and self.diff_attention != "off":
+            faults.append(
+                f'model.qk_gain = "off" is not defined for model.diff_attention = '
+                f'"{self.diff_attention}"; set one of them back'
+            )
+        is_early = self.recur_visits > 1 and self.recur_first < self.num_layers // 2
+        if self.num_passes > 1 and self.recur_visits > 1:
+            faults.append(
+                f"model.num_passes = {self.num_passes} and model.recur_visits = "
+                f"{self.recur_visits} would both follow schedule.recur_start; set one to 1"
+            )
+        if self.stoch_depth and (self.parallel == "lanes" or self.num_layers == 1):
+            faults.append(
+                f"model.stoch_depth = {self.stoch_depth:g} needs two blocks of one stream; set 0, "
+                'or raise model.num_layers and set model.parallel = "off"'
+            )
+        if self.half_rope and (self.rotary_width % 4 or self.rope_dims or self.rope_ntk_len):
+            faults.append(
+                "model.half_rope = true needs heads of a multiple of 4 dimensions, model.rope_dims "
+                "= 0 and model.rope_ntk_len = 0; change them, or set false"
+            )
+        if self.key_offset_layers and (self.document_attention or self.diff_attention != "off"):
+            faults.append(
+                f"model.key_offset_layers = {self.key_offset_layers!r} moves keys across the "
+                "start of a document and knows one map: set model.document_attention = false and "
+                'model.diff_attention = "off"'
+            )
+        if self.recur_skips == "layers" and is_early:
+            faults.append(
+                f'model.recur_skips = "layers" needs blocks of the second half, but '
+                f"model.recur_first = {self.recur_first}; raise it to {self.num_layers // 2}"
+            )
+        return faults
 
     def _faults_of_parallel(self) -> list[str]:
         faults = []
@@ -387,6 +577,11 @@ class ModelConfig(Settings):
         return self.rope_dims or self.rotary_width
 
     @property
+    def table_rows(self) -> int:
+        """Rows of the embedding and of an untied head."""
+        return self.padded_vocab or self.vocab_size
+
+    @property
     def num_skips(self) -> int:
         """Skips from the first half of the blocks to the second, without recurrence."""
         return self.num_layers // 2 if self.num_loops == 1 else 0
@@ -394,7 +589,7 @@ class ModelConfig(Settings):
     @property
     def num_recur_skips(self) -> int:
         """Skips that only recurrence has."""
-        if self.recur_skips == "plain" or self.num_loops > 1:
+        if self.recur_skips != "all" or self.num_loops > 1:
             return 0
         range_and_visits = (self.recur_first, self.recur_last, self.recur_visits)
         return count_skips(self.num_layers, *range_and_visits) - self.num_skips
@@ -415,14 +610,68 @@ class ModelConfig(Settings):
         """Whether a block has attention."""
         return layer not in self._layers("no_attention_layers")
 
+    def projects_values(self, layer: int) -> bool:
+        """Whether a projection of the embedding joins this layer's values."""
+        return self.attends(layer) and layer in self._layers("value_proj_layers")
+
+    def excludes(self, layer: int) -> bool:
+        """Whether a layer's attention output loses its part along the token's own value."""
+        return layer >= self.num_layers - self.xsa_last_n
+
+    def offsets_keys(self, layer: int) -> bool:
+        """Whether a layer's keys have their second half from the token before."""
+        return layer in self._layers("key_offset_layers")
+
+    @property
+    def is_noisy(self) -> bool:
+        """Whether a training pass draws random numbers."""
+        return bool(self.attn_dropout or self.mlp_dropout or self.stoch_depth)
+
+    @property
+    def most_visits(self) -> int:
+        """What schedule.recur_start switches on: visits of the recurring blocks, or passes."""
+        return max(self.recur_visits, self.num_passes)
+
     def is_parallel(self, layer: int) -> bool:
         """Whether attention and MLP of a block stand side by side."""
         return self.parallel != "off" and layer >= self.parallel_start
 
     def window_of(self, layer: int) -> int | None:
-        """Tokens before itself that a token sees in this layer; None = all."""
-        return self.window if layer in select_layers(self.window_layers, self.num_layers) else None
+        """Tokens before itself that a token sees in this layer in the end; None = all."""
+        if layer in select_layers(self.window_layers, self.num_layers):
+            return self.window
+        return self.stages[-1].long if self.stages else None
+
+    @property
+    def stages(self) -> tuple[WindowStage, ...]:
+        """The stages of window_stages, if any."""
+        return parse_window_stages(self.window_stages) if self.window_stages else ()
+
+    def stage_windows(self, layer: int) -> tuple[int, ...]:
+        """What window_of is in each of the stages."""
+        is_short = layer in select_layers(self.window_layers, self.num_layers)
+        return tuple(stage.short if is_short else stage.long for stage in self.stages)
 
     def embeds_values(self, layer: int) -> bool:
         """Whether value embeddings join this layer."""
         return layer in select_layers(self.value_embed_layers, self.num_layers)
+
+    def iha_of(self, layer: int) -> Literal["off", "fused", "interleaved"]:
+        """How the heads of a layer mix. What stands behind the last layer is as "all" and "long"
+        have it."""
+        if self.iha == "off":
+            return "off"
+        is_behind = layer >= self.num_layers and self.iha_layers in ("all", "long")
+        return self.iha if is_behind or layer in iha_layers(self) else "off"
+
+    def pseudo_window_of(self, layer: int) -> int | None:
+        """The window of an interleaved layer, in pseudo-tokens, or in tokens under iha_mask =
+        "block"; None = all."""
+        window = self.window_of(layer)
+        return None if window is None else pseudo_window(self, window)
+
+    @property
+    def positions_per_token(self) -> int:
+        """Rotary positions that a token takes in interleaved layers."""
+        is_pseudo = self.iha == "interleaved" and self.iha_positions == "pseudo"
+        return self.iha_pseudo_heads if is_pseudo else 1

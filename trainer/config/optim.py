@@ -70,6 +70,8 @@ class OptimConfig(Settings):
     """MuonEq-R: rows of the momentum are brought to norm 1 before they are orthogonalised."""
     muon_row_eps: PositiveFloat = 1e-7
     """A row's norm counts as at least this under muon_row_normalize."""
+    iha_lr: PositiveFloat = 0.02
+    """Adam learning rate of the mixes of heads (model.iha), without weight decay."""
     orthogonalization: Literal["newton_schulz", "polar_express", "gram", "turbo"] = "newton_schulz"
     """"newton_schulz": one polynomial, muon_backend_steps times. "polar_express": a polynomial of
     its own for each iteration. "gram": such polynomials worked out on the short side of matrices
@@ -83,6 +85,25 @@ class OptimConfig(Settings):
     weight_decay_taper_final of itself at the end; 1 = off."""
     weight_decay_taper_final: Fraction = 0.5
     """Multiplier on the matrices' weight decay at the end of a taper."""
+
+    muon_momentum_average: bool = False
+    """Momentum is a running average, B <- mu B + (1 - mu) G, not a sum. Only while mu changes do
+    their directions differ."""
+    muon_variance_beta: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """What remains after a step of the second moment of each neuron's orthogonalised update, whose
+    root divides it; the update keeps its norm. Published: 0.95; 0 = off."""
+    muon_cautious_decay: bool = False
+    """A weight of Muon's decays only where the update takes it towards 0, and as much faster as
+    the update of its matrix is scaled up."""
+    gate_optimizer: Literal["adam", "muon"] = "adam"
+    """What trains the gates on heads and on value projections, one matrix each."""
+    mix_lr: Annotated[float, Field(ge=0)] = 0.0
+    """Adam learning rate of the scalar factor on the embedding in model.resid_mix = "scalar"; 0 =
+    scalar_lr."""
+    mix_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Decay of its first moment; 0 = adam_beta1."""
+    xsa_lr: Annotated[float, Field(ge=0)] = 0.0
+    """Adam learning rate of learned strengths of XSA; 0 = scalar_lr."""
 
     @model_validator(mode="after")
     def _iterations_exist(self) -> Self:
@@ -115,26 +136,124 @@ class ScheduleConfig(Settings):
     """Length of the warmdown for "fraction"; 0 = no warmdown."""
     min_lr: Fraction = 0.0
     """Floor of the learning-rate multiplier."""
+    warmdown_power: PositiveFloat = 1.0
+    """The falling multiplier is raised to this power; 0.5 = square root, 1 = linear."""
+    cycles: Annotated[int, Field(ge=0)] = 0
+    """Equal stretches at the end of the run in each of which the multiplier falls along a cosine
+    to cycle_min_lr, from where the warmdown stands, so that a checkpoint at each stretch's end has
+    settled; 0 = off."""
+    cycle_share: Fraction = 0.0
+    """Length of one of them as a share of the budget: that of an epoch."""
+    cycle_min_lr: Fraction = 0.05
+    """Multiplier at the end of a cycle."""
+    decay_points: str = ""
+    """Factor on every weight decay as VALUE@SHARE of the budget, linear between and constant
+    outside, as in "1@0.4,0.65@0.64"; "" = 1 throughout."""
+    cycle_decay: str = ""
+    """The same within a cycle of `cycles`, as FROM:TO, linear, as in "0.65:1.5"; "" = by
+    decay_points."""
     recur_start: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the budget after which training recurs (model.recur_visits); 0 = from the start."""
     recur_phases: str = ""
     """Recurrence in steps instead, as in "2@0.5,3@0.65": two visits from half of the budget on,
     three from 0.65 on; the last number is model.recur_visits. "" = by recur_start."""
 
+    @model_validator(mode="after")
+    def _cycles_fit(self) -> Self:
+        faults = []
+        if bool(self.cycles) != bool(self.cycle_share):
+            faults.append(
+                f"schedule.cycles = {self.cycles} and schedule.cycle_share = {self.cycle_share:g}: "
+                "one is nothing without the other; set both, or neither"
+            )
+        if self.cycles * self.cycle_share > 1 + 1e-9:
+            faults.append(
+                f"schedule.cycles = {self.cycles} of schedule.cycle_share = {self.cycle_share:g} "
+                "are more than the budget; lower one of them"
+            )
+        if self.cycle_decay and not self.cycles:
+            faults.append(
+                f"schedule.cycle_decay = {self.cycle_decay!r} is about cycles, but schedule.cycles "
+                '= 0; raise it, or set schedule.cycle_decay = ""'
+            )
+        for name, parse in (("decay_points", parse_points), ("cycle_decay", parse_span)):
+            try:
+                parse(getattr(self, name))
+            except ValueError as error:
+                faults.append(f"schedule.{name} = {getattr(self, name)!r}: {error}")
+        return raise_together(self, faults)
+
+
+def parse_points(text: str) -> tuple[tuple[float, float], ...]:
+    """ "1@0.4,0.65@0.64" -> ((0.4, 1.0), (0.64, 0.65)): share of the budget, factor.
+
+    Raises ValueError with the remedy, but not the name of the setting.
+    """
+    points: list[tuple[float, float]] = []
+    for part in text.split(",") if text else ():
+        value, share = _numbers(part, "@", "VALUE@SHARE as in 1@0.4,0.65@0.64")
+        if not 0 <= share <= 1 or (points and share <= points[-1][0]):
+            raise ValueError(f"the share of {part!r} must be above the one before, within 0 and 1")
+        points.append((share, value))
+    return tuple(points)
+
+
+def parse_span(text: str) -> tuple[float, float] | None:
+    """ "0.65:1.5" -> (0.65, 1.5); "" -> None. ValueError as parse_points."""
+    return _numbers(text, ":", "FROM:TO as in 0.65:1.5") if text else None
+
+
+def _numbers(part: str, mark: str, form: str) -> tuple[float, float]:
+    first, _, second = part.partition(mark)
+    try:
+        pair = float(first), float(second)
+    except ValueError:
+        raise ValueError(f"{part!r} is no pair of numbers; write {form}") from None
+    if not (0 <= pair[0] < float("inf") and 0 <= pair[1] < float("inf")):
+        raise ValueError(f"{part!r} has a number below 0 or none at all; write {form}")
+    return pair
+
 
 class LossConfig(Settings):
     """What training minimises. Scores are always the plain cross-entropy."""
 
-    kind: Literal["cross_entropy", "mile", "entropy", "entropy_published"] = "cross_entropy"
+    kind: Literal["cross_entropy", "mile", "entropy", "entropy_published", "ahead"] = (
+        "cross_entropy"
+    )
     """"mile": tokens predicted with certainty count less, (1 - exp(-entropy))^gamma. "entropy":
     uncertain tokens count more, weights of mean 1. "entropy_published": the same without that
-    normalisation, which inflates the loss and with it the step."""
+    normalisation, which inflates the loss and with it the step. "ahead": one head scored against
+    several of the next tokens (slowrun, its tiny track)."""
+    ahead_weights: str = "1,0.5,0.25"
+    """Weights of the next token, the one after it, and so on, under "ahead"."""
+    ahead_until: Annotated[float, Field(gt=0, le=1)] = 0.66
+    """Share of the budget after which only the next token counts: the others' weights fall
+    linearly to 0 one after another, the farthest first."""
     mile_gamma: Annotated[float, Field(ge=0)] = 0.75
     """Peak of MiLe's exponent, which follows the budget in a triangle from 0 to 0."""
     mile_clamp_min: Fraction = 0.2
     """Smallest weight of a token under MiLe."""
     mile_peak_frac: Fraction = 0.4
     """Share of the budget at which MiLe's exponent peaks."""
+
+    @model_validator(mode="after")
+    def _weights_parse(self) -> Self:
+        faults = []
+        try:
+            weights = self.ahead
+        except ValueError:
+            weights = ()
+        if not weights or weights[0] <= 0 or not all(0 <= w < float("inf") for w in weights):
+            faults.append(
+                f"loss.ahead_weights = {self.ahead_weights!r} are no weights, the first above 0; "
+                "write them as in 1,0.5,0.25"
+            )
+        return raise_together(self, faults)
+
+    @property
+    def ahead(self) -> tuple[float, ...]:
+        """ahead_weights as numbers."""
+        return tuple(float(part) for part in self.ahead_weights.split(","))
 
 
 class AverageConfig(Settings):

@@ -11,24 +11,18 @@ import re
 from dataclasses import dataclass
 from typing import Protocol
 
+from trainer.mix import DataSettings as MixSettings
+
 STAGE = re.compile(r"(\d+)@(\d+(?:\.\d+)?|\.\d+)")
 
 
-class DataSettings(Protocol):
+class DataSettings(MixSettings, Protocol):
     """What is read of trainer.config.DataConfig, which itself needs this module."""
 
     @property
     def seq_len_schedule(self) -> str: ...
     @property
-    def mix(self) -> str: ...
-    @property
     def loader(self) -> str: ...
-    @property
-    def seq_len(self) -> int: ...
-    @property
-    def batch_tokens(self) -> int: ...
-    @property
-    def micro_batch_tokens(self) -> int: ...
 
 
 @dataclass(frozen=True)

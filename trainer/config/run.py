@@ -18,6 +18,9 @@ class BudgetConfig(Settings):
     """Seconds for everything that produces the score."""
     artifact_bytes: PositiveInt | None = 16_000_000
     """Packed code plus packed model."""
+    train_tokens: PositiveInt | None = None
+    """Distinct training tokens that may be used, any number of times: the first ones; the rest of
+    the data set is not read."""
     max_steps: PositiveInt | None = None
     """Stop after this many optimiser steps."""
     min_steps: Annotated[int, Field(ge=0)] = 0
@@ -53,6 +56,11 @@ class RuntimeConfig(Settings):
     """Steps between metric records."""
     val_every: Annotated[int, Field(ge=0)] = 0
     """Steps between validations outside the clock; 0 = only at the end."""
+    checkpoint_seconds: Annotated[float, Field(ge=0)] = 0.0
+    """Seconds of training between two writings of the run's whole state, outside the clock, so that
+    a run whose worker was lost goes on where it was; 0 = off."""
+    resume: Literal["auto", "never"] = "auto"
+    """"auto" = go on from a state that runtime.checkpoint_seconds left in the run's folder."""
     save_checkpoint: bool = False
     """Write the trained weights, averaged where average.kind says so, beside the artifact as
     checkpoint.bin, for source.checkpoint."""

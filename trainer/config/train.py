@@ -56,22 +56,51 @@ class TrainConfig(Settings):
                 f"evaluate.seq_len = {self.evaluate.seq_len}; raise it"
             )
         longest_row = max(self.data.seq_len, self.evaluate.seq_len)
-        if self.model.window > longest_row:
+        widest = max([self.model.window, *(stage.long for stage in self.model.stages)])
+        if widest > longest_row:
+            name = "window" if widest == self.model.window else "window_stages"
             faults.append(
-                f"model.window = {self.model.window} is above {longest_row}, the longest row of "
-                "data.seq_len and evaluate.seq_len; lower it, or set 0 and model.window_layers = "
-                '""'
+                f"model.{name} = {getattr(self.model, name)} is above {longest_row}, the longest "
+                "row of data.seq_len and evaluate.seq_len; lower it, or set 0 and "
+                'model.window_layers = ""'
             )
         if self.qat_lite.kind != "none" and self.qat_lite.first_layer >= self.model.num_layers:
             faults.append(
                 f"qat_lite.first_layer = {self.qat_lite.first_layer} leaves none of "
                 f"model.num_layers = {self.model.num_layers}; lower it"
             )
+        by_cycle = self.evaluate.ensemble_at == "cycles" and not self.evaluate.ensemble_every
+        if self.evaluate.ensemble != "off" and by_cycle and not self.schedule.cycles:
+            faults.append(
+                'evaluate.ensemble_at = "cycles" has no checkpoints to take while schedule.cycles '
+                '= 0; raise it, or set evaluate.ensemble_at = "epochs"'
+            )
         faults.extend(self._calibration_faults())
+        faults.extend(self._iha_faults())
         faults.extend(self._recurrence_faults())
         faults.extend(self._kernel_faults())
         faults.extend(self._ttt_faults())
         return raise_together(self, faults)
+
+    def _iha_faults(self) -> list[str]:
+        if self.model.iha == "fused":
+            setting, remedy = 'model.iha = "fused"', "model.iha = interleaved"
+        elif self.model.iha == "interleaved" and self.model.iha_product == "weights":
+            setting, remedy = 'model.iha_product = "weights"', "model.iha_product = heads"
+        else:
+            return []
+        faults = []
+        if self.quantize.method == "gptq":
+            faults.append(
+                f'quantize.method = "gptq" sees no inputs of matrices that {setting} mixes before '
+                f"use; set another quantize.method, or {remedy}"
+            )
+        if self.evaluate.ttt == "documents" and self.model.iha == "interleaved":
+            faults.append(
+                f'evaluate.ttt = "documents" adapts projected heads, which {setting} does not '
+                f"have; set evaluate.ttt = off, or {remedy}"
+            )
+        return faults
 
     def _calibration_faults(self) -> list[str]:
         seconds, reserve = self.budget.train_seconds, self.quantize.reserve_seconds
@@ -92,7 +121,7 @@ class TrainConfig(Settings):
 
     def _recurrence_faults(self) -> list[str]:
         start, text = self.schedule.recur_start, self.schedule.recur_phases
-        visits = self.model.recur_visits
+        visits = self.model.most_visits
         if visits == 1 and (start or text):
             return [
                 f"schedule.recur_start = {start:g} and schedule.recur_phases = {text!r} begin a "
@@ -120,7 +149,7 @@ class TrainConfig(Settings):
         """Visits of the recurring blocks along the training, from 0 on, at least one phase."""
         if self.schedule.recur_phases:
             return parse_phases(self.schedule.recur_phases)
-        last = Phase(self.schedule.recur_start, self.model.recur_visits)
+        last = Phase(self.schedule.recur_start, self.model.most_visits)
         return (Phase(0.0, 1), last) if last.start > 0 else (last,)
 
     def _kernel_faults(self) -> list[str]:
@@ -131,6 +160,11 @@ class TrainConfig(Settings):
                 f'runtime.mlp_kernel = "{mlp}" knows no adapters, which blocks visited '
                 f"model.num_loops = {self.model.num_loops} times have; set runtime.mlp_kernel = "
                 "compiled"
+            )
+        if mlp.startswith("fused") and self.model.mlp_kind != "squared":
+            faults.append(
+                f'runtime.mlp_kernel = "{mlp}" knows two matrices, but model.mlp_kind = '
+                f'"{self.model.mlp_kind}" has three; set runtime.mlp_kernel = compiled'
             )
         if loss == "fused" and self.loss.kind != "cross_entropy":
             faults.append(

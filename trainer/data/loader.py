@@ -26,6 +26,12 @@ from torch import Tensor
 from trainer.config import TrainConfig
 from trainer.config.row_schedule import RowStage, row_len_at, row_stages
 from trainer.data.dataset import Dataset
+from trainer.data.document_shuffle import (
+    ShuffledDocuments,
+    rows_per_epoch,
+    shuffled_documents_order,
+)
+from trainer.data.documents import BOS_ID
 from trainer.data.row_order import CONTIGUOUS, ROW_ORDERS, LanePlace, RowOrder
 from trainer.data.stream import TokenStream
 from trainer.distributed import Group
@@ -115,6 +121,9 @@ class TrainLoader:
         split: str = "train",
         seed: int = 0,
         stages: tuple[RowStage, ...] = (),
+        train_tokens: int | None = None,
+        epoch_multiple: int = 1,
+        bos_id: int = BOS_ID,
     ) -> None:
         """
         Args:
@@ -124,9 +133,19 @@ class TrainLoader:
             split: "train", "val" or "both".
             seed: of random orders.
             stages: of data.seq_len_schedule; () = rows do not change.
+            epoch_multiple: of rows in an epoch, for "shuffled_documents".
+            bos_id: token that begins a document, for the same.
+            train_tokens: most distinct tokens to use, the first ones; None = all.
         """
         shards = {"train": dataset.train_shards, "val": dataset.val_shards}
-        stream = TokenStream(shards.get(split) or [*dataset.train_shards, *dataset.val_shards])
+        both = [*dataset.train_shards, *dataset.val_shards]
+        chosen = shards.get(split) or both
+        stream = TokenStream(chosen, train_tokens)
+        self._epoch_tokens = stream.num_tokens
+        if loader == "shuffled_documents":
+            stream = ShuffledDocuments(chosen, train_tokens, seed, bos_id)
+            used = rows_per_epoch(stream.num_tokens, seq_len, epoch_multiple)
+            self._epoch_tokens = used * seq_len
         if stream.num_tokens <= batch_tokens:
             raise DataError(
                 f"{dataset.dir}: {stream.num_tokens} training tokens are less than one step of "
@@ -146,7 +165,8 @@ class TrainLoader:
             ]
         else:
             share = share_of_batch(seq_len, batch_tokens, micro_batch_tokens, rank, world_size)
-            place = LanePlace((Lane(seq_len, batch_tokens // seq_len),), 0, seed)
+            lane = Lane(seq_len, batch_tokens // seq_len)
+            place = LanePlace((lane,), 0, seed, epoch_multiple)
             self._pieces = [self._piece(place, share, share.num_rows // share.micro_rows)]
             _check_stages(stages, share.micro_rows * seq_len)
         self._stages = stages
@@ -171,8 +191,13 @@ class TrainLoader:
             weighting=data.mix_weighting,
             loader=data.loader,
             split=data.train_split,
-            seed=config.runtime.seed,
+            seed=(
+                data.shuffle_seed if data.loader == "shuffled_documents" else config.runtime.seed
+            ),
+            epoch_multiple=data.epoch_multiple,
+            bos_id=config.model.bos_id,
             stages=row_stages(data) if data.seq_len_schedule else (),
+            train_tokens=config.budget.train_tokens,
         )
 
     def _lane_piece(
@@ -188,7 +213,8 @@ class TrainLoader:
         return self._piece(place, Share(0, lane.num_rows, micro_rows), divisor)
 
     def _piece(self, place: LanePlace, share: Share, divisor: float) -> _Piece:
-        order = ROW_ORDERS[self._loader](self._stream.shards, place)
+        orders = {**ROW_ORDERS, "shuffled_documents": shuffled_documents_order}
+        order = orders[self._loader](self._stream.shards, place)
         return _Piece(order, place.lane.seq_len, share, self._loader in CONTIGUOUS, divisor)
 
     @property
@@ -205,7 +231,12 @@ class TrainLoader:
     @property
     def epoch(self) -> float:
         """Passes over the training set so far."""
-        return self._position / self._stream.num_tokens
+        return self._position / self._epoch_tokens
+
+    @property
+    def epoch_number(self) -> int:
+        """Epoch of the first row of the next step, from 1: what schedules by epoch follow."""
+        return self._position // self._epoch_tokens + 1
 
     def next_step(self, progress: float = 1.0) -> MicroBatches:
         """This rank's micro batches for one optimiser step, and move on.

@@ -39,6 +39,8 @@ class LanePlace:
     lanes: tuple[Lane, ...]
     index: int
     seed: int
+    multiple: int = 1
+    """Of rows in an epoch, where that is a setting."""
 
     @property
     def lane(self) -> Lane:

@@ -15,8 +15,13 @@ from trainer.data.shards import Tokens, open_shard
 class TokenStream:
     """Shards in order, joined end to start: position p is token p modulo the total."""
 
-    def __init__(self, shards: Sequence[Path]) -> None:
+    def __init__(self, shards: Sequence[Path], at_most: int | None = None) -> None:
+        """`at_most`: tokens that are used, the first ones; None = all."""
         self.shards = [open_shard(path) for path in shards]
+        if at_most is not None:
+            begins = accumulate((len(shard) for shard in self.shards), initial=0)
+            pairs = zip(self.shards, begins, strict=False)
+            self.shards = [shard[: at_most - begin] for shard, begin in pairs if begin < at_most]
         self._ends = list(accumulate(len(shard) for shard in self.shards))
         self.num_tokens = self._ends[-1]
 

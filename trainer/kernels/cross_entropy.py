@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainer.kernels.precision import at_least_fp32
+
 
 def softcapped_cross_entropy(logits_NV: Tensor, targets_N: Tensor, cap: float) -> Tensor:
     """Loss of each row in nats, [N], fp32 or more.
@@ -39,7 +41,7 @@ def softcapped_ce(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, 
 
 @softcapped_ce.register_fake
 def _(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
-    rows = logits.new_empty(logits.size(0), dtype=_at_least_fp32(logits))
+    rows = logits.new_empty(logits.size(0), dtype=at_least_fp32(logits))
     return rows, torch.empty_like(rows)
 
 
@@ -76,8 +78,4 @@ softcapped_ce.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _capped(logits: Tensor, cap: float) -> Tensor:
-    return cap * torch.tanh(logits.to(_at_least_fp32(logits)) / cap)
-
-
-def _at_least_fp32(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
+    return cap * torch.tanh(logits.to(at_least_fp32(logits)) / cap)

@@ -24,6 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trainer.kernels.precision import at_least_fp32
+
 EPS = torch.finfo(torch.float32).eps
 """As trainer/model/norm.py."""
 
@@ -61,12 +63,12 @@ def inverse_rms(x: Tensor) -> Tensor:
         from trainer.kernels.mlp_triton import inverse_rms as in_triton
 
         return in_triton(x, EPS)
-    return torch.rsqrt(x.to(_at_least_fp32(x)).square().mean(1) + EPS)
+    return torch.rsqrt(x.to(at_least_fp32(x)).square().mean(1) + EPS)
 
 
 @inverse_rms.register_fake
 def _(x: Tensor) -> Tensor:
-    return x.new_empty(x.size(0), dtype=_at_least_fp32(x))
+    return x.new_empty(x.size(0), dtype=at_least_fp32(x))
 
 
 @torch.library.custom_op("caddie::mlp", mutates_args=())
@@ -75,7 +77,7 @@ def mlp_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Output [M, C]; what the backward pass needs: activation [M, H], its kept input or slope
     [M, H], and r [M] (empty without a norm)."""
-    inverse = inverse_rms(x) if norm_scale else x.new_empty(0, dtype=_at_least_fp32(x))
+    inverse = inverse_rms(x) if norm_scale else x.new_empty(0, dtype=at_least_fp32(x))
     row_scale = inverse * norm_scale if norm_scale else None
     if x.is_cuda:
         from trainer.kernels.mlp_triton import up_and_activate
@@ -91,7 +93,7 @@ def _(
     x: Tensor, w_up: Tensor, w_down: Tensor, slope: float, keep_slope: bool, norm_scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     hidden = x.new_empty(x.size(0), w_up.size(0))
-    inverse = x.new_empty(x.size(0) if norm_scale else 0, dtype=_at_least_fp32(x))
+    inverse = x.new_empty(x.size(0) if norm_scale else 0, dtype=at_least_fp32(x))
     return x.new_empty(x.size(0), w_down.size(0)), hidden, torch.empty_like(hidden), inverse
 
 
@@ -142,7 +144,7 @@ def norm_linear_op(x: Tensor, weight: Tensor, norm_scale: float) -> tuple[Tensor
 
 @norm_linear_op.register_fake
 def _(x: Tensor, weight: Tensor, norm_scale: float) -> tuple[Tensor, Tensor]:
-    inverse = x.new_empty(x.size(0), dtype=_at_least_fp32(x))
+    inverse = x.new_empty(x.size(0), dtype=at_least_fp32(x))
     return x.new_empty(x.size(0), weight.size(0)), inverse
 
 
@@ -166,7 +168,7 @@ def _normed_backward(
     d_n = d_pre @ weight
     if not norm_scale:
         return d_n, d_pre.T @ x
-    wide = _at_least_fp32(x)
+    wide = at_least_fp32(x)
     r, x_wide, d_wide = inverse[:, None], x.to(wide), d_n.to(wide)
     along = (d_wide * x_wide).mean(1, keepdim=True)
     d_x = norm_scale * r * (d_wide - x_wide * r.square() * along)
@@ -186,7 +188,3 @@ def _up_and_activate(
 def _slope_of(pre: Tensor, slope: float) -> Tensor:
     """Of leaky_relu(pre)^2."""
     return torch.where(pre > 0, 2 * pre, 2 * slope**2 * pre)
-
-
-def _at_least_fp32(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)

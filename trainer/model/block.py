@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.attention import Attend
 from trainer.config import ModelConfig
 from trainer.model.attention import Context, SelfAttention
 from trainer.model.differential import DifferentialAttention
+from trainer.model.iha import FusedHeads, InterleavedHeads
 from trainer.model.lanes import build_lanes
 from trainer.model.mlp import MLP
 from trainer.model.norm import build_norm
@@ -28,13 +30,21 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, attend: Attend, layer: int) -> None:
         super().__init__()
-        attention = SelfAttention if config.diff_attention == "off" else DifferentialAttention
-        attn = attention(config, attend, layer)  # also where it is thrown away: it draws numbers
+        attn = _attention_of(config, layer)(
+            config, attend, layer
+        )  # also where it is thrown away: it draws numbers
         self.attn = attn if config.attends(layer) else None
         self.mlp = MLP(config)
         attn_scale, mlp_scale, resid_mix = block_scales(config)
-        self.attn_scale = attn_scale if config.attends(layer) else None
-        self.mlp_scale, self.resid_mix = mlp_scale, resid_mix
+        has_scales = config.branch_scales == "channel"
+        self.attn_scale = attn_scale if config.attends(layer) and has_scales else None
+        self.mlp_scale = mlp_scale if has_scales else None
+        self.resid_mix = resid_mix if config.resid_mix == "channel" else None
+        self.keep_factor: nn.Parameter | None = None
+        self.embed_factor: nn.Parameter | None = None
+        if config.resid_mix == "scalar":  # two tensors, because they learn at rates of their own
+            self.keep_factor = nn.Parameter(torch.full((1,), config.resid_keep_init))
+            self.embed_factor = nn.Parameter(torch.full((1,), config.embed_mix_init))
         self.layer_scale: nn.Parameter | None = None
         if config.layer_scale:
             start = torch.full((config.model_dim,), config.layer_scale_init)
@@ -46,6 +56,9 @@ class Block(nn.Module):
         self.repeats = nn.ModuleList()
         """Set by the model when all else has its initial weights."""
         self._norm = build_norm(layer, config.ln_scale)
+        self._attn_dropout, self._mlp_dropout = config.attn_dropout, config.mlp_dropout
+        self.drop_chance = config.stoch_depth * layer / max(1, config.num_layers - 1)
+        """That a training pass leaves the block out (Huang et al., arXiv:1603.09382)."""
         is_joint = config.parallel == "joint" and config.is_parallel(layer)
         self._run = self._side_by_side if is_joint else self._one_by_one
 
@@ -57,7 +70,13 @@ class Block(nn.Module):
         Args:
             repeat: what this visit has of its own; None for the first.
         """
-        return self._run(self._mixed(x_BTC, context), context, repeat)
+        x_BTC = self._mixed(x_BTC, context)
+        y_BTC, value_BTGD = self._run(x_BTC, context, repeat)
+        if self.drop_chance and context.is_noisy:
+            # Both ways are computed, so that there is one graph and nothing to wait for.
+            is_kept = torch.rand((), device=x_BTC.device) >= self.drop_chance
+            y_BTC = torch.where(is_kept, y_BTC, x_BTC)
+        return y_BTC, value_BTGD
 
     def in_lanes(
         self, first_BTC: Tensor, second_BTC: Tensor, context: Context
@@ -77,7 +96,12 @@ class Block(nn.Module):
         return repeat
 
     def _mixed(self, x_BTC: Tensor, context: Context) -> Tensor:
-        keep_C, mix_C = self.resid_mix.to(x_BTC.dtype)
+        if self.keep_factor is not None and self.embed_factor is not None:
+            keep_C, mix_C = self.keep_factor.to(x_BTC.dtype), self.embed_factor.to(x_BTC.dtype)
+        elif self.resid_mix is not None:
+            keep_C, mix_C = self.resid_mix.to(x_BTC.dtype)
+        else:
+            return x_BTC
         mixed_BTC: Tensor = keep_C * x_BTC + mix_C * context.x0_BTC
         return mixed_BTC
 
@@ -99,11 +123,12 @@ class Block(nn.Module):
         self, x_BTC: Tensor, context: Context, repeat: Repeat | None
     ) -> tuple[Tensor | float, Tensor | None]:
         """What attention adds, and the values as projected; 0 and None where there is none."""
-        if self.attn is None or self.attn_scale is None:
+        if self.attn is None:
             return 0.0, None
         lora = repeat.lora if repeat is not None else None
         out_BTC, value_BTGD = self.attn(self._norm(x_BTC), context, lora)
-        return self._scale(self.attn_scale, x_BTC.dtype) * out_BTC, value_BTGD
+        out_BTC = self._thinned(self._attn_dropout, out_BTC, context)
+        return self._scaled(self.attn_scale, out_BTC), value_BTGD
 
     def _transformed(self, x_BTC: Tensor, context: Context, repeat: Repeat | None) -> Tensor:
         """What the MLP adds."""
@@ -114,17 +139,33 @@ class Block(nn.Module):
             out_BTC = self.mlp(h_BTC) if repeat is None else repeat.transform(self.mlp, h_BTC)
             if context.adapters is not None:
                 out_BTC = context.adapters.add("mlp", h_BTC, out_BTC)
-        return self._scale(self.mlp_scale, x_BTC.dtype) * out_BTC
+        out_BTC = self._thinned(self._mlp_dropout, out_BTC, context)
+        return self._scaled(self.mlp_scale, out_BTC)
 
-    def _scale(self, scale_C: Tensor, dtype: torch.dtype) -> Tensor:
+    def _thinned(self, share: float, out_BTC: Tensor, context: Context) -> Tensor:
+        return F.dropout(out_BTC, share) if share and context.is_noisy else out_BTC
+
+    def _scaled(self, scale_C: Tensor | None, out_BTC: Tensor) -> Tensor:
+        dtype = out_BTC.dtype
+        if scale_C is None:
+            return out_BTC
         if self.layer_scale is None:
-            return scale_C.to(dtype)
-        return self.layer_scale.to(dtype) * scale_C.to(dtype)
+            return scale_C.to(dtype) * out_BTC
+        return self.layer_scale.to(dtype) * scale_C.to(dtype) * out_BTC
 
     def _kept(self, x_BTC: Tensor, addition: int) -> Tensor:
         if self.resid_lambdas is None:
             return x_BTC
         return self.resid_lambdas[addition].to(x_BTC.dtype) * x_BTC
+
+
+def _attention_of(config: ModelConfig, layer: int) -> type[SelfAttention]:
+    if config.diff_attention != "off":
+        return DifferentialAttention
+    kind = config.iha_of(layer)
+    if kind == "off":
+        return SelfAttention
+    return FusedHeads if kind == "fused" else InterleavedHeads
 
 
 def block_scales(config: ModelConfig) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter]:

@@ -27,7 +27,6 @@ from trainer.attention import Attend
 from trainer.config import ModelConfig
 from trainer.model.attention import Context, SelfAttention
 from trainer.model.norm import rms_norm
-from trainer.model.rotary import rotate
 
 
 class DifferentialAttention(SelfAttention):
@@ -42,9 +41,15 @@ class DifferentialAttention(SelfAttention):
         )
 
     def _attended(
-        self, q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, gain_H: Tensor, context: Context
+        self,
+        q_BTHD: Tensor,
+        k_BTGD: Tensor,
+        v_BTGD: Tensor,
+        gain_H: Tensor | None,
+        context: Context,
     ) -> Tensor:
         dtype = v_BTGD.dtype
+        assert gain_H is not None
         q_BTHD = self._place(q_BTHD, context) * gain_H.repeat(2)[:, None]
         k_BTGD = self._place(k_BTGD, context)
         out_BTHD = self._maps(q_BTHD.to(dtype), k_BTGD.to(dtype), v_BTGD, context)
@@ -53,7 +58,7 @@ class DifferentialAttention(SelfAttention):
     def _place(self, x_BTHD: Tensor, context: Context) -> Tensor:
         """All first halves, then all second ones, as heads of width E with their positions."""
         halves = torch.cat(x_BTHD.chunk(2, dim=-1), dim=2)
-        return rotate(rms_norm(halves), context.cos_TF, context.sin_TF)
+        return self._position(halves, context.cos_TF, context.sin_TF)
 
     def _weight(self, dtype: torch.dtype) -> Tensor:
         first = (self.lambda_q1 * self.lambda_k1).sum().exp()

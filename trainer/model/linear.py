@@ -21,13 +21,15 @@ class Linear(nn.Module):
         self,
         num_in: int,
         num_out: int,
-        init: Literal["uniform", "orthogonal", "zeros"] = "uniform",
+        init: Literal["uniform", "orthogonal", "unit", "zeros"] = "uniform",
     ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(num_out, num_in))
         if init == "uniform":
             # kaiming_uniform_(a=sqrt(5)), PyTorch's default for linear layers, written out
             nn.init.uniform_(self.weight, -1 / math.sqrt(num_in), 1 / math.sqrt(num_in))
+        elif init == "unit":
+            nn.init.uniform_(self.weight, -math.sqrt(3 / num_in), math.sqrt(3 / num_in))
         elif init == "orthogonal":
             nn.init.orthogonal_(self.weight)
 

@@ -16,7 +16,8 @@ from trainer.model.norm import scale_of
 
 
 class MLP(nn.Module):
-    """down(a(up(x))), a a squared ReLU or leaky ReLU.
+    """down(a(up(x))), a a squared ReLU or leaky ReLU; or SwiGLU, down(silu(swish(x)) * up(x))
+    (Shazeer, https://arxiv.org/abs/2002.05202).
 
     `kernel` is set by the builder: "compiled" is the code below; the names of
     `runtime.mlp_kernel` are one operator (trainer/kernels/mlp.py). In training only: scores and
@@ -30,11 +31,20 @@ class MLP(nn.Module):
         self.activate = build_activation(config.leaky_slope)
         self.kernel = "compiled"
         self._slope = config.leaky_slope
+        self.swish: Linear | None = None
+        """The third matrix of SwiGLU, set by the model when all else has its initial weights."""
 
     def forward(self, x_BTC: Tensor) -> Tensor:
         if self._is_fused():
             return self._fused(x_BTC, norm_scale=0.0)
-        out_BTC: Tensor = self.down(self.activate(self.up(x_BTC)))
+        if self.swish is None:
+            hidden = self.activate(self.up(x_BTC))
+        else:
+            # One product of two matrices side by side, as for q, k and v.
+            weight = torch.cat((self.swish.weight, self.up.weight)).to(x_BTC.dtype)
+            gate, value = F.linear(x_BTC, weight).chunk(2, dim=-1)
+            hidden = F.silu(gate) * value
+        out_BTC: Tensor = self.down(hidden)
         return out_BTC
 
     def after(self, norm: Callable[[Tensor], Tensor], x_BTC: Tensor) -> Tensor:
@@ -45,7 +55,7 @@ class MLP(nn.Module):
         return out_BTC
 
     def _is_fused(self) -> bool:
-        return self.kernel != "compiled" and torch.is_grad_enabled()
+        return self.kernel != "compiled" and self.swish is None and torch.is_grad_enabled()
 
     def _fused(self, x_BTC: Tensor, norm_scale: float) -> Tensor:
         up, down = (matrix.weight.to(x_BTC.dtype) for matrix in (self.up, self.down))

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.config import ModelConfig
+from trainer.model.linear import Linear
 
 
 class HalfValueResidual(nn.Module):
@@ -59,6 +60,23 @@ def build_value_residual(config: ModelConfig, layer: int) -> nn.Module | None:
     return VALUE_RESIDUALS[config.value_residual]()
 
 
+class ValueProjection(nn.Module):
+    """v_g <- v_g + 2 sigmoid(w_g . n[:W]) (P x0)_g: values straight from the embedding, each group
+    with a gate read from the block's normalised input, from 1 (slowrun)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        kv_width = config.num_kv_heads * config.head_dim
+        self.proj = Linear(config.model_dim, kv_width, init=config.matrix_init)
+        self.gate = Linear(config.value_proj_gate_dim, config.num_kv_heads, init="zeros")
+
+    def forward(self, v_BTGD: Tensor, x0_BTC: Tensor, n_BTC: Tensor) -> Tensor:
+        score_BTG = self.gate(n_BTC[..., : self.gate.weight.size(1)])
+        gate_BTG1 = 2 * torch.sigmoid(score_BTG)[..., None]
+        joined_BTGD: Tensor = v_BTGD + gate_BTG1 * self.proj(x0_BTC).view_as(v_BTGD)
+        return joined_BTGD
+
+
 class ValueEmbedScale(nn.Module):
     """v <- v + scale e: a layer's own factor on the value embeddings, from 1."""
 
@@ -70,12 +88,26 @@ class ValueEmbedScale(nn.Module):
         return v_BTGD + self.scale.to(v_BTGD.dtype) * embed_BTK.view_as(v_BTGD)
 
 
-def exclude_own_value(out_BTHD: Tensor, v_BTGD: Tensor) -> Tensor:
+class LearnedExclusion(nn.Module):
+    """XSA of a learned strength per head, y - tanh(s) (y . n) n from s = 0 (slowrun, its tiny
+    track)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.strength = nn.Parameter(torch.zeros(config.num_heads))
+
+    def forward(self, out_BTHD: Tensor, v_BTGD: Tensor) -> Tensor:
+        return exclude_own_value(out_BTHD, v_BTGD, torch.tanh(self.strength))
+
+
+def exclude_own_value(out_BTHD: Tensor, v_BTGD: Tensor, strength_H: Tensor | None = None) -> Tensor:
     """XSA: each head's output without its part along the token's own value, y - (y . n) n with
-    n = v / |v| of the head's group (parameter-golf #287)."""
+    n = v / |v| of the head's group (parameter-golf #287); or with so much less of it."""
     unit_BTG1D = F.normalize(v_BTGD, dim=-1).unsqueeze(3)
     out_BTGRD = out_BTHD.reshape(*v_BTGD.shape[:3], -1, v_BTGD.size(3))
     along_BTGR1 = (out_BTGRD * unit_BTG1D).sum(-1, keepdim=True)
+    if strength_H is not None:
+        along_BTGR1 = along_BTGR1 * strength_H.to(out_BTHD.dtype).view(v_BTGD.size(2), -1, 1)
     return (out_BTGRD - along_BTGR1 * unit_BTG1D).flatten(2, 3)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,6 +55,18 @@ class WeightAverage:
             name: average.to(value.dtype)
             for (name, value), average in zip(self._live.items(), averages, strict=True)
         }
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that further updates need, for load_state_dict; later updates may change it."""
+        state = {name: held for name, held in vars(self).items() if name not in _FIXED}
+        return {name: list(v) if isinstance(v, deque) else v for name, v in state.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Inverse of state_dict; takes the tensors as its own."""
+        for name, held in state.items():
+            before = getattr(self, name, None)
+            kept = deque(held, before.maxlen) if isinstance(before, deque) else held
+            setattr(self, name, kept)
 
     @property
     def _interval(self) -> int:
@@ -155,6 +168,7 @@ class PublishedEma(Ema):
         return averages
 
 
+_FIXED = ("_config", "_live")
 EMBEDDING = "tok_emb.weight"
 AVERAGES: dict[str, type[WeightAverage]] = {"ema": Ema, "swa": Swa, "lawa": Lawa}
 """By average.kind."""

@@ -38,6 +38,7 @@ class Optimizer:
         self._params = params
         self._group = group
         self._peak_lr = [float(group["lr"]) for group in adam.param_groups]
+        self._decay = [float(group["weight_decay"]) for group in adam.param_groups]
 
     def average_gradients(self, extra: Sequence[Tensor], clip_norm: float) -> None:
         """Average gradients over ranks, and clip them to a global norm.
@@ -74,18 +75,23 @@ class Optimizer:
         factor = (clip_norm / (squares.sqrt() + 1e-6)).clamp(max=1.0)
         torch._foreach_mul_([*whole, *own_sums], factor)
 
-    def step(self, lr_mult: float, momentum: float, extra_decay: float = 0.0) -> None:
+    def step(
+        self, lr_mult: float, momentum: float, extra_decay: float = 0.0, decay_mult: float = 1.0
+    ) -> None:
         """One update of every parameter that has a gradient; reads nothing back from the device.
 
         Args:
             lr_mult: multiplier on all peak learning rates.
             momentum: Muon's, at this step.
             extra_decay: added to the weight decay of Muon's matrices.
+            decay_mult: multiplier on every weight decay.
         """
-        for group, peak in zip(self._adam.param_groups, self._peak_lr, strict=True):
+        peaks = zip(self._adam.param_groups, self._peak_lr, self._decay, strict=True)
+        for group, peak, decay in peaks:
             group["lr"] = peak * lr_mult
+            group["weight_decay"] = decay * decay_mult
         self._adam.step()
-        self._muon.step(lr_mult, momentum, extra_decay)
+        self._muon.step(lr_mult, momentum, extra_decay, decay_mult)
 
     def zero_grad(self) -> None:
         """Drop all gradients."""
@@ -119,16 +125,15 @@ def build_optimizer(model: nn.Module, config: TrainConfig, group: Group) -> Opti
 def _build_adam(
     params: dict[str, nn.Parameter], rules: dict[str, ParamRule], optim: OptimConfig
 ) -> torch.optim.Optimizer:
-    """Adam with one group for each pair of rate and decay. AdamW, so that a row's weight decay is
-    decoupled, as it is for Muon; without weight decay the two are one."""
-    alike: dict[tuple[float, float], list[nn.Parameter]] = {}
+    """Adam with one group for each kind of rate, decay and memory. AdamW, so that a row's weight
+    decay is decoupled, as it is for Muon; without weight decay the two are one."""
+    alike: dict[tuple[float, float, float], list[nn.Parameter]] = {}
     for name, rule in rules.items():
         if rule.optimizer == "adam":
-            alike.setdefault((rule.lr, rule.weight_decay), []).append(params[name])
+            beta1 = rule.beta1 or optim.adam_beta1
+            alike.setdefault((rule.lr, rule.weight_decay, beta1), []).append(params[name])
     groups = [
-        {"params": members, "lr": lr, "weight_decay": decay}
-        for (lr, decay), members in alike.items()
+        {"params": members, "lr": lr, "weight_decay": decay, "betas": (beta1, optim.adam_beta2)}
+        for (lr, decay, beta1), members in alike.items()
     ]
-    return torch.optim.AdamW(
-        groups, betas=(optim.adam_beta1, optim.adam_beta2), eps=optim.adam_eps, fused=True
-    )
+    return torch.optim.AdamW(groups, eps=optim.adam_eps, fused=True)

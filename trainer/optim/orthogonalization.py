@@ -151,12 +151,34 @@ class UpdateRule:
     off."""
     post_norm: str = "none"
     """What is brought to norm 1 afterwards: "row", "col", "row_col"."""
+    averages: bool = False
+    """Momentum is a running average, not a sum."""
+    variance_beta: float = 0.0
+    """What remains of a neuron's second moment after a step; 0 = off."""
+    is_cautious: bool = False
+    """Weight decay acts only where the update takes a weight towards 0."""
 
     @classmethod
     def from_config(cls, optim: OptimConfig) -> UpdateRule:
         """What the settings say."""
         row_eps = optim.muon_row_eps if optim.muon_row_normalize else None
-        return cls(optim.orthogonalization, row_eps, optim.muon_post_norm)
+        return cls(
+            optim.orthogonalization,
+            row_eps,
+            optim.muon_post_norm,
+            optim.muon_momentum_average,
+            optim.muon_variance_beta,
+            optim.muon_cautious_decay,
+        )
+
+    def nesterov(self, momentum_NRC: Tensor, gradient_NRC: Tensor, mu: float) -> None:
+        """Take gradients into the momentum; what is to be orthogonalised takes their place."""
+        if self.averages:
+            momentum_NRC.lerp_(gradient_NRC, 1 - mu)
+            gradient_NRC.lerp_(momentum_NRC, mu)
+        else:
+            momentum_NRC.mul_(mu).add_(gradient_NRC)
+            gradient_NRC.add_(momentum_NRC, alpha=mu)
 
     def __call__(self, stack_NRC: Tensor, num_steps: int, dtype: torch.dtype) -> Tensor:
         """Updates before learning rate and sign, [N, R, C] in `dtype`."""

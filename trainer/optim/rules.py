@@ -24,6 +24,8 @@ class ParamRule:
     """Decoupled: each step takes lr * weight_decay of the parameter away; 0 = off."""
     layers: tuple[int, int] | None = None
     """First block and the one after the last; None = all blocks and what is outside them."""
+    beta1: float = 0.0
+    """Decay of Adam's first moment; 0 = optim.adam_beta1."""
 
     def matches(self, name: str) -> bool:
         """Whether this row is for the parameter of that name."""
@@ -56,9 +58,12 @@ def param_rules(config: TrainConfig) -> tuple[ParamRule, ...]:
     return (
         ParamRule("blocks.*.resid_lambdas", "adam", RESID_LAMBDA_LR * optim.scalar_lr),
         *_recurrence_rules(config),
-        scalar("blocks.*.attn.gate.*"),
+        *_slowrun_rules(config, "blocks.*"),
         *_late_rules(config),
         ParamRule("blocks.*.weight", "muon", optim.matrix_lr, optim.weight_decay),
+        *_slowrun_rules(config, "mtp.block"),
+        ParamRule("mtp.*.weight", "muon", optim.matrix_lr, optim.weight_decay),
+        scalar("mtp.*"),
         scalar("blocks.*"),
         ParamRule("visits.*.lora.*", "adam", optim.lora_lr),
         scalar("visits.*"),
@@ -80,6 +85,28 @@ def param_rules(config: TrainConfig) -> tuple[ParamRule, ...]:
 
 def _adam(lr: float, weight_decay: float, pattern: str) -> ParamRule:
     return ParamRule(pattern, "adam", lr, weight_decay)
+
+
+def _gates(config: TrainConfig) -> tuple[Literal["muon", "adam"], float, float]:
+    """Optimiser, rate and decay of gates."""
+    optim = config.optim
+    if optim.gate_optimizer == "muon":
+        return "muon", optim.matrix_lr, optim.weight_decay
+    return "adam", optim.scalar_lr, optim.scalar_weight_decay
+
+
+def _slowrun_rules(config: TrainConfig, blocks: str) -> tuple[ParamRule, ...]:
+    """Rows of what slowrun's blocks have (its table of AdamW groups), the extra one too."""
+    optim = config.optim
+    mix_lr, xsa_lr = (lr or optim.scalar_lr for lr in (optim.mix_lr, optim.xsa_lr))
+    return (
+        ParamRule(f"{blocks}.embed_factor", "adam", mix_lr, beta1=optim.mix_beta1),
+        ParamRule(f"{blocks}.keep_factor", "adam", optim.scalar_lr),
+        ParamRule(f"{blocks}.attn.xsa.strength", "adam", xsa_lr),
+        ParamRule(f"{blocks}.value_proj.gate.*", *_gates(config)),
+        ParamRule(f"{blocks}.attn.iha.*", "adam", optim.iha_lr),
+        ParamRule(f"{blocks}.attn.gate.*", *_gates(config)),
+    )
 
 
 def _recurrence_rules(config: TrainConfig) -> tuple[ParamRule, ...]:

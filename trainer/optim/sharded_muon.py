@@ -20,7 +20,15 @@ import torch
 from torch import Tensor, nn
 
 from trainer.distributed import Group, Pending
-from trainer.optim.muon import apply_update, by_shape, gradient, in_use
+from trainer.optim.muon import (
+    apply_update,
+    by_shape,
+    gradient,
+    in_use,
+    load_moments,
+    moments_of,
+)
+from trainer.optim.neurons import new_moments
 from trainer.optim.orthogonalization import PLAIN, UpdateRule
 from trainer.optim.rules import ParamRule
 
@@ -34,6 +42,8 @@ class _Bank:
     rule: ParamRule
     momentum_KRC: Tensor
     """Of this rank's matrices only; zeros where the last ranks have fewer than K."""
+    moments: Tensor
+    """Second moments of the neurons of all N: small, and updated from the gathered results."""
     pending: Pending | None = None
     """This rank's summed gradients, between `start_reduction` and `step`."""
 
@@ -69,6 +79,9 @@ class ShardedMuon:
                     params=tuple(param for _, param in members),
                     rule=rule,
                     momentum_KRC=torch.zeros(share, *shape, device=group.device),
+                    moments=new_moments(
+                        torch.Size((len(members), *shape)), update.variance_beta, group.device
+                    ),
                 )
             )
         self._banks = sorted(banks, key=lambda bank: -bank.momentum_KRC.numel())
@@ -85,7 +98,9 @@ class ShardedMuon:
         return [bank.pending.wait() for bank in self._banks if bank.pending is not None]
 
     @torch.no_grad()
-    def step(self, lr_mult: float, momentum: float, extra_decay: float = 0.0) -> None:
+    def step(
+        self, lr_mult: float, momentum: float, extra_decay: float = 0.0, decay_mult: float = 1.0
+    ) -> None:
         """Update every matrix; arguments as those of Muon.step."""
         banks = self._used()
         if any(bank.pending is None for bank in banks):
@@ -93,7 +108,9 @@ class ShardedMuon:
         results = [self._group.all_gather(self._update(bank, momentum)) for bank in banks]
         for bank, result in zip(banks, results, strict=True):
             update_NRC = result.wait()[: len(bank.params)]
-            apply_update(bank.params, update_NRC, bank.rule, lr_mult, extra_decay)
+            decay = (bank.rule.weight_decay + extra_decay) * decay_mult
+            lr, rule = bank.rule.lr * lr_mult, self._update_rule
+            apply_update(bank.params, update_NRC, lr, decay, rule, bank.moments)
 
     def _used(self) -> list[_Bank]:
         return [bank for bank in self._banks if in_use(bank.params)]
@@ -103,9 +120,8 @@ class ShardedMuon:
         assert bank.pending is not None
         gradient_KRC = bank.pending.wait().div_(self._group.size)
         bank.pending = None
-        bank.momentum_KRC.mul_(momentum).add_(gradient_KRC)
-        nesterov_KRC = gradient_KRC.add_(bank.momentum_KRC, alpha=momentum)
-        return self._update_rule(nesterov_KRC, self._num_steps, self._dtype).contiguous()
+        self._update_rule.nesterov(bank.momentum_KRC, gradient_KRC, momentum)
+        return self._update_rule(gradient_KRC, self._num_steps, self._dtype).contiguous()
 
     def zero_grad(self) -> None:
         """Drop the matrices' gradients."""
@@ -122,7 +138,7 @@ class ShardedMuon:
             for name, value in zip(
                 bank.names, self._group.all_gather(bank.momentum_KRC).wait(), strict=False
             )
-        }
+        } | moments_of((bank.names, bank.moments) for bank in self._banks)
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Inverse of state_dict, on any number of ranks. KeyError when a matrix is missing."""
@@ -131,3 +147,4 @@ class ShardedMuon:
             own = bank.names[first : first + len(bank.momentum_KRC)]
             for name, value in zip(own, bank.momentum_KRC, strict=False):
                 value.copy_(state[name])
+            load_moments(bank.names, bank.moments, state)

@@ -68,26 +68,32 @@ def prune_to_fit(
     without any ones it would not.
 
     The size falls about linearly with the count, so each next try is where a line through the
-    nearest sizes meets the cap.
+    nearest sizes meets the cap. Where two tries in a row miss on one side, the far end counts half
+    (the Illinois rule): a bent curve would keep it for good.
     """
     whole = encode(quantized)
     if len(whole) <= cap:
         return whole, 0
     pruner = Pruner(quantized, hessians)
-    low, low_bytes, high = 0, len(whole), pruner.num_ones
+    low, high = 0, pruner.num_ones
     best = encode(pruner.pruned(high))
     if len(best) > cap:
         return whole, 0
+    over, under, did_fit = float(len(whole) - cap), float(cap - len(best)), True
     for _ in range(TRIES):
         if cap - len(best) <= SLACK * cap or high - low <= 1:
             break
-        share = (low_bytes - cap) / (low_bytes - len(best))
+        share = over / (over + under)
         count = min(max(low + 1, low + round((high - low) * share * (1 + SLACK))), high - 1)
         tried = encode(pruner.pruned(count))
-        if len(tried) <= cap:
-            high, best = count, tried
+        fits = len(tried) <= cap
+        if fits:
+            high, best, under = count, tried, float(cap - len(tried))
+            over /= 1 + did_fit
         else:
-            low, low_bytes = count, len(tried)
+            low, over = count, float(len(tried) - cap)
+            under /= 2 - did_fit
+        did_fit = fits
     return best, high
 
 

@@ -38,6 +38,8 @@ def kept_rules(config: QuantizeConfig) -> tuple[StoreRule, ...]:
         StoreRule("*skip_weights", "float32"),
         StoreRule("*skip_gates", "float32"),
         StoreRule("*resid_lambdas", "float32"),
+        StoreRule("*_factor", "float32"),
+        StoreRule("*.xsa.strength", "float32"),
         StoreRule("*backout", "float32"),
         StoreRule("*recur_skip_*", "float32"),
         StoreRule("*blend_factors", "float32"),
@@ -48,6 +50,7 @@ def kept_rules(config: QuantizeConfig) -> tuple[StoreRule, ...]:
         StoreRule("*_smear.gate", "float32"),
         StoreRule("*.value_residual.*", "float32"),
         StoreRule("*.lambda_??", "float32"),
+        StoreRule("*.iha.*", "float32"),
         *([StoreRule("*gate*", f"int{config.gate_bits}")] if config.gate_bits else []),
         StoreRule("*", "float16", max_numel=config.keep_float_max_numel),
     )

@@ -9,6 +9,7 @@ from trainer.recipes.golf_baseline import golf_baseline
 from trainer.recipes.pr675 import pr675
 from trainer.recipes.pr1212 import pr1212
 from trainer.recipes.pr1894 import pr1894
+from trainer.recipes.slowrun_pr78 import slowrun_2h, slowrun_cpu, slowrun_gpu, slowrun_pr78
 from trainer.recipes.tiny import tiny
 
 
@@ -25,6 +26,24 @@ class Recipe:
     """Name of the track whose budgets it was made for."""
     build: Callable[[], TrainConfig]
 
+
+SLOWRUN = (
+    "SwiGLU",
+    "values from the embedding",
+    "scalar U-Net skips",
+    "attention gates",
+    "window attention",
+    "dropout",
+    "stochastic depth",
+    "multi-token prediction",
+    "recurrence",
+    "Polar Express",
+    "equal neurons",
+    "cautious decay",
+    "cycles at the end",
+    "interleaved heads",
+    "checkpoint ensembles",
+)
 
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
@@ -131,6 +150,41 @@ RECIPES: dict[str, Recipe] = {
             ),
             "golf-10min-16mb",
             frontier,
+        ),
+        Recipe(
+            "slowrun_pr78",
+            "slowrun #78 (3.193 nats of GPT-2 tokens, two runs, on 8xH100)",
+            SLOWRUN,
+            "slowrun-2h",
+            slowrun_pr78,
+        ),
+        Recipe(
+            "slowrun_2h",
+            "slowrun, its two-hour record of 2026-07-02 (3.139 nats of GPT-2 tokens, on 8xH100)",
+            (
+                *(name for name in SLOWRUN if name != "interleaved heads"),
+                "fused heads",
+                "document shuffle",
+                "window curriculum",
+                "YaRN",
+                "MuonEq-R",
+            ),
+            "slowrun-2h",
+            slowrun_2h,
+        ),
+        Recipe(
+            "slowrun_gpu",
+            "ours: slowrun_pr78 at a size one GPU trains in minutes",
+            SLOWRUN,
+            "slowrun-tiny",
+            slowrun_gpu,
+        ),
+        Recipe(
+            "slowrun_cpu",
+            "ours: slowrun_pr78 at a size a CPU trains in seconds",
+            SLOWRUN,
+            "laptop",
+            slowrun_cpu,
         ),
     )
 }
