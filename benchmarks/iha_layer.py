@@ -81,6 +81,7 @@ class Bench:
         self.started = time.perf_counter()
         self.record: dict[str, Any] = {"command": sys.argv, **machine(), "ceilings": {}}
         self.record |= {"layers": {}, "parts": {}, "launches": {}, "blocks": {}, "seconds": 0.0}
+        self.record["not_as_graph"] = []
 
     def entry(self, table: str, name: str, measure: Callable[[], dict[str, Any]]) -> None:
         """One line of a table; a fault must not cost the others' figures, nor time the budget."""
@@ -104,8 +105,17 @@ class Bench:
         """Median of a call; on cuda of calls that a graph repeats."""
         if not self.is_gpu:
             return 1000 * median_seconds(call, self.arguments.repeats, self.device)
-        graph = _graph_of(call)
-        return 1000 * median_seconds(graph.replay, self.arguments.repeats, self.device) / CALLS
+        try:
+            repeat: Callable[[], Any] = _graph_of(call).replay
+        except Exception as error:  # figures with Python's time in them are better than none
+            self.record["not_as_graph"].append(f"{type(error).__name__}: {str(error)[:300]}")
+            torch.cuda.synchronize()
+
+            def repeat() -> None:
+                for _ in range(CALLS):
+                    call()
+
+        return 1000 * median_seconds(repeat, self.arguments.repeats, self.device) / CALLS
 
     def compiled(self, call: Callable[..., Any]) -> Callable[..., Any]:
         """As a model is run here."""
