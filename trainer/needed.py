@@ -35,6 +35,9 @@ OPTIONAL: dict[str, Callable[[TrainConfig], bool]] = {
     ),
     "trainer.evaluate.tilt": lambda run: run.evaluate.tilt_beta > 0,
     "trainer.kernels.cross_entropy": lambda run: run.runtime.loss_kernel != "compiled",
+    "trainer.kernels.iha": lambda run: (
+        run.model.iha == "interleaved" and run.runtime.iha_kernel != "compiled"
+    ),
     "trainer.kernels.mlp": lambda run: run.runtime.mlp_kernel != "compiled",
     "trainer.model.adapters": lambda run: run.evaluate.ttt == "documents",
     "trainer.model.differential": lambda run: run.model.diff_attention != "off",

@@ -27,6 +27,7 @@ from trainer.evaluate.subject import Subject
 from trainer.kernels.choice import choose_kernel
 from trainer.loss import build_objective
 from trainer.model.gpt import GPT
+from trainer.model.iha import InterleavedHeads
 from trainer.model.mlp import MLP
 from trainer.report import Reporter
 
@@ -138,10 +139,13 @@ def _choose_kernels(
     runtime, kind = config.runtime, group.device.type
     mlp_kernel = choose_kernel("mlp_kernel", runtime.mlp_kernel, kind, 9, log)
     loss_kernel = choose_kernel("loss_kernel", runtime.loss_kernel, kind, 8, log)
+    iha_kernel = choose_kernel("iha_kernel", runtime.iha_kernel, kind, 8, log)
     model.fuses_loss = loss_kernel == "fused" and model.objective is None
     for module in model.modules():
         if isinstance(module, MLP):
             module.kernel = mlp_kernel
+        elif isinstance(module, InterleavedHeads):
+            module.kernel = iha_kernel
 
 
 def load_weights(model: GPT, path: str, group: Group) -> None:

@@ -172,6 +172,7 @@ OUTSIDE_THE_DIGEST = {
     "runtime.attention": "flex",
     "runtime.mlp_kernel": "fused",
     "runtime.loss_kernel": "fused",
+    "runtime.iha_kernel": "fused",
     "runtime.compile": "off",
     "runtime.prime_steps": 99,
     "runtime.log_every": 99,

@@ -92,3 +92,23 @@ def _faults_of_interleaving(model: ModelConfig, layers: tuple[int, ...]) -> list
             "set model.iha_windows = tokens"
         )
     return faults
+
+
+def faults_of_iha_kernel(model: ModelConfig, kernel: str) -> list[str]:
+    """Broken rules of runtime.iha_kernel, which has nothing to do where no head is interleaved, so
+    that a sweep may set it for all its trials."""
+    if kernel != "fused" or model.iha != "interleaved":
+        return []
+    faults = []
+    if model.iha_product == "weights":
+        faults.append(
+            'runtime.iha_kernel = "fused" mixes heads, but model.iha_product = "weights" mixes '
+            "weights; set one of them back, to compiled or heads"
+        )
+    if model.rotated_dims != model.head_dim:
+        faults.append(
+            f"model.rope_dims = {model.rope_dims} turns only a part of a head, but "
+            'runtime.iha_kernel = "fused" turns all; set runtime.iha_kernel = compiled or '
+            "model.rope_dims = 0"
+        )
+    return faults

@@ -48,6 +48,9 @@ class RuntimeConfig(Settings):
     loss_kernel: Literal["compiled", "auto", "fused"] = "compiled"
     """How the training loss is computed: "compiled" is plain code; "fused" one operator in which
     the capped logits never exist; "auto" as above."""
+    iha_kernel: Literal["compiled", "auto", "fused"] = "compiled"
+    """How pseudo-heads of model.iha = "interleaved" are made in training: "compiled" is plain code;
+    "fused" one operator that mixes, turns and normalises; "auto" as above."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile; "auto" = on for cuda."""
     prime_steps: Annotated[int, Field(ge=0)] = 3

@@ -13,6 +13,7 @@ from pydantic import ValidationError, model_validator
 from trainer.config.base import Settings, raise_together
 from trainer.config.data import DataConfig
 from trainer.config.evaluate import EvaluateConfig
+from trainer.config.iha import faults_of_iha_kernel
 from trainer.config.model import ModelConfig
 from trainer.config.optim import AverageConfig, LossConfig, OptimConfig, ScheduleConfig
 from trainer.config.qat_lite import QatLiteConfig
@@ -166,6 +167,7 @@ class TrainConfig(Settings):
                 f'runtime.mlp_kernel = "{mlp}" knows two matrices, but model.mlp_kind = '
                 f'"{self.model.mlp_kind}" has three; set runtime.mlp_kernel = compiled'
             )
+        faults += faults_of_iha_kernel(self.model, self.runtime.iha_kernel)
         if loss == "fused" and self.loss.kind != "cross_entropy":
             faults.append(
                 f'runtime.loss_kernel = "fused" has no weights on the tokens, which loss.kind = '

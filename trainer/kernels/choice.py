@@ -11,9 +11,9 @@ from trainer.errors import BackendError
 
 Log = Callable[[str], None]
 
-MEASURED_BEST = {"mlp_kernel": "compiled", "loss_kernel": "compiled"}
+MEASURED_BEST = {"mlp_kernel": "compiled", "loss_kernel": "compiled", "iha_kernel": "compiled"}
 """What "auto" takes on a GPU that can run the kernels. An entry changes when benchmarks/kernels.py
-and whole steps have shown that another wins."""
+or benchmarks/iha_layer.py, and whole steps, have shown that another wins."""
 
 
 def choose_kernel(setting: str, name: str, device_type: str, capability: int, log: Log) -> str:

@@ -32,6 +32,7 @@ from trainer.attention import Attend
 from trainer.attention.pseudo_tokens import build_by_token
 from trainer.attention.repeat import repeat_groups
 from trainer.config import ModelConfig
+from trainer.kernels.iha import interleave
 from trainer.model.attention import Context, SelfAttention
 
 
@@ -98,7 +99,11 @@ def _first_mix(heads: int, config: ModelConfig) -> Tensor:
 
 
 class InterleavedHeads(SelfAttention):
-    """SelfAttention among pseudo-tokens; see the module's description."""
+    """SelfAttention among pseudo-tokens; see the module's description.
+
+    `kernel` is set by the builder: "compiled" is the code below; "fused" mixes, turns and
+    normalises in one operator (trainer/kernels/iha.py), in training only.
+    """
 
     def __init__(self, config: ModelConfig, attend: Attend, layer: int) -> None:
         super().__init__(config, attend, layer)
@@ -109,6 +114,7 @@ class InterleavedHeads(SelfAttention):
         self._folds = config.iha_product == "weights"
         self._mix = _as_it_is if self._folds else interleaved
         self._collapse = self._own if config.iha_collapse == "own" else self._all
+        self.kernel = "compiled"
 
     def _project(
         self, x_BTC: Tensor, context: Context, lora: nn.ModuleDict | None
@@ -136,15 +142,19 @@ class InterleavedHeads(SelfAttention):
         context: Context,
     ) -> Tensor:
         dtype = v_BTGD.dtype
-        cos_SF, sin_SF = self._tables(context)
-        q_BSHD = self._position(self._mix(q_BTHD, self.iha.q), cos_SF, sin_SF)
+        tables = self._tables(context)
+        fuses = self.kernel == "fused" and torch.is_grad_enabled()
+        enter, mix = (_fused, _fused) if fuses else (self._plain, interleaved)
+        q_BSHD = enter(q_BTHD, self.iha.q, tables)
         if gain_H is not None:
             q_BSHD = q_BSHD * gain_H[:, None]
-        k_BSGD = self._position(self._mix(k_BTGD, self.iha.k), cos_SF, sin_SF)
-        v_BSGD = interleaved(v_BTGD, self.iha.v)
+        k_BSGD, v_BSGD = enter(k_BTGD, self.iha.k, tables), mix(v_BTGD, self.iha.v)
         out_BSHD = context.attend(self._attend, q_BSHD.to(dtype), k_BSGD.to(dtype), v_BSGD)
         num_rows, _, *head = out_BSHD.shape
         return self._collapse(out_BSHD.view(num_rows, -1, self._count, *head))
+
+    def _plain(self, x_BTND: Tensor, mix_NNP: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+        return self._position(self._mix(x_BTND, mix_NNP), *tables)
 
     def _token_tables(self, context: Context) -> tuple[Tensor, Tensor]:
         """Each token's row of the tables for each of its pseudo-tokens."""
@@ -169,6 +179,10 @@ def interleaved(x_BTND: Tensor, mix_NNP: Tensor) -> Tensor:
     num_rows, num_tokens, *head = x_BTND.shape
     mix = _rows_of(mix_NNP).to(x_BTND.dtype).expand(num_rows * num_tokens, -1, -1)
     return torch.bmm(mix, x_BTND.flatten(0, 1)).view(num_rows, -1, *head)
+
+
+def _fused(x_BTND: Tensor, mix_NNP: Tensor, tables: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    return interleave(x_BTND, _rows_of(mix_NNP), tables)
 
 
 def _as_it_is(x_BSND: Tensor, mix_NNP: Tensor) -> Tensor:
