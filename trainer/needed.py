@@ -14,6 +14,8 @@ OPTIONAL: dict[str, Callable[[TrainConfig], bool]] = {
     "trainer.attention.flash4": lambda run: run.runtime.attention == "flash4",
     "trainer.attention.varlen": lambda run: run.runtime.attention == "varlen",
     "trainer.checkpoint": lambda run: bool(run.source.checkpoint) or run.runtime.save_checkpoint,
+    "trainer.compress.rans": lambda run: run.compress.codec.startswith("rans"),
+    "trainer.compress.rans_classes": lambda run: run.compress.codec == "rans_classes",
     "trainer.data.overlap": lambda run: run.data.max_overlap < 1,
     "trainer.evaluate.chunk_training": lambda run: run.evaluate.ttt == "chunks",
     "trainer.evaluate.document_training": lambda run: run.evaluate.ttt == "documents",
@@ -28,10 +30,12 @@ OPTIONAL: dict[str, Callable[[TrainConfig], bool]] = {
     "trainer.model.differential": lambda run: run.model.diff_attention != "off",
     "trainer.model.shared": lambda run: run.model.num_loops > 1,
     "trainer.optim.sharded_muon": lambda run: run.optim.muon_comm == "reduce_scatter",
+    "trainer.quantize.allocation": lambda run: run.quantize.allocate != "off",
     "trainer.quantize.awq": lambda run: run.quantize.awq_groups > 0,
     "trainer.quantize.calibration": lambda run: run.quantize.method == "gptq",
     "trainer.quantize.gptq": lambda run: run.quantize.method == "gptq",
     "trainer.quantize.prune": lambda run: run.quantize.prune_to_fit,
+    "trainer.quantize.sensitivity": lambda run: run.quantize.allocate != "off",
 }
 """Module -> whether a run of these settings calls it. Whatever only it imports is left out too."""
 
