@@ -87,19 +87,19 @@ def sensitivities(
     else:
         num_tokens = math.ceil(quantize.allocate_tokens / group.size)
         batches = list(_cut(_training_batches(loader, num_tokens), pass_tokens))
-    inputs = (x_BT for x_BT, _ in batches)
     seed = config.runtime.seed
-    rows = row_sensitivities(model, model.logits, names, inputs, hessians, group, seed)
+    rows = row_sensitivities(model, model.logits, names, batches, hessians, group, seed)
     kinds = {name: kind_of(name) for name in names}
-    return Sensitivities(rows, measured_factors(model, kinds, rows, hessians, batches, group))
+    factors = measured_factors(model, model.logits, kinds, rows, hessians, batches, group)
+    return Sensitivities(rows, factors)
 
 
-def _cut(batches: Batches, num_tokens: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches in pieces of whole rows with about so many tokens; all of a shape are alike."""
-    for x_BT, y_BT in batches:
+def _cut(batches: Batches, num_tokens: int) -> Iterator[Tensor]:
+    """The inputs in pieces of whole rows with about so many tokens; all of a shape are alike."""
+    for x_BT, _ in batches:
         rows = min(x_BT.size(0), max(1, num_tokens // x_BT.size(1)))
         for start in range(0, x_BT.size(0) - rows + 1, rows):
-            yield x_BT[start : start + rows], y_BT[start : start + rows]
+            yield x_BT[start : start + rows]
 
 
 def _training_batches(loader: TrainLoader, num_tokens: int) -> Batches:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,15 +15,19 @@ from torch import Tensor
 from tests.trainer_tests.test_calibration import CPU_GROUP, _batches, _model
 from tests.trainer_tests.test_loop import Collector, configure, data_dir  # noqa: F401
 from trainer import artifact
+from trainer.code import packed_code, unpacked_code
 from trainer.compress import coded_size
 from trainer.config import TrainConfig
-from trainer.errors import ArtifactError
+from trainer.errors import ArtifactError, ConfigError
+from trainer.loop import train
+from trainer.quantize import dequantize
 from trainer.quantize.allocation import Packer
 from trainer.quantize.calibration import collect_hessians
 from trainer.quantize.per_row import as_rows
 from trainer.quantize.sensitivity import (
     Sensitivities,
     increase,
+    measured_factors,
     row_sensitivities,
 )
 
@@ -126,3 +132,86 @@ def test_the_proxy_predicts_true_losses_of_rounded_weights() -> None:
     ratios = np.array(found) / np.array(expected)
     assert 0.6 < np.median(ratios) < 1.6
     assert np.corrcoef(np.log(expected), np.log(found))[0, 1] > 0.9
+
+
+def test_factors_put_the_proxy_right_where_it_is_off_by_one() -> None:
+    model, batches = _model(), _batches(6)
+    names = ["blocks.0.mlp.up.weight", "blocks.1.mlp.down.weight", "blocks.0.attn.out.weight"]
+    kinds = dict(zip(names, ("mlp", "mlp", "attn"), strict=True))
+    hessians = collect_hessians(model, names, batches, CPU_GROUP)
+    inputs = [x for x, _ in batches]
+    rows = row_sensitivities(model, model.logits, names, inputs * 9, hessians, CPU_GROUP, 0)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    right = measured_factors(model, model.logits, kinds, rows, hessians, inputs, CPU_GROUP)
+    halved = {name: row_2R / 2 for name, row_2R in rows.items()}
+    doubled = measured_factors(model, model.logits, kinds, halved, hessians, inputs, CPU_GROUP)
+    assert right[names[0]] == right[names[1]] != right[names[2]]
+    for name in names:
+        assert doubled[name] == pytest.approx(2 * right[name])
+        assert 0.3 < right[name] < 3
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+TRAINED = {
+    "quantize.method": "gptq",
+    "quantize.keep_float_max_numel": 100,
+    "quantize.calibration_tokens": 512,
+    "quantize.allocate_tokens": 1024,
+    "compress.codec": "rans_classes",
+    "compress.level": 9,
+    "budget.max_steps": 20,
+    "runtime.save_checkpoint": True,
+}
+
+
+def test_a_run_fills_its_budget_and_beats_uniform_steps_of_as_many_bytes(
+    configure: Callable[..., TrainConfig],  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    plain = configure(**TRAINED, **{"quantize.clip": "sigma"})
+    uniform = train(plain, Collector(), tmp_path / "uniform")
+    assert uniform.bytes_model is not None
+    shared = plain.with_overrides(
+        {
+            "quantize.allocate": "rate_distortion",
+            "source.checkpoint": str(tmp_path / "uniform" / "checkpoint.bin"),
+        }
+    )
+    cap = len(packed_code(shared)) + uniform.bytes_model
+    reporter = Collector()
+    result = train(
+        shared.with_overrides({"budget.artifact_bytes": cap}), reporter, tmp_path / "shared"
+    )
+    assert result.bytes_total is not None and 0.99 * cap < result.bytes_total <= cap
+    assert result.val_loss is not None and uniform.val_loss is not None
+    assert result.val_loss < uniform.val_loss
+    assert any(record["line"].startswith("allocate: ") for record in reporter.of("log"))
+    assert result.phases["calibrate"] > 0  # reads training text: inside the budget's clock
+    _, stored = artifact.decode((tmp_path / "shared" / "artifact.bin").read_bytes())
+    assert {t.scheme for t in stored.tensors.values()} > {"float32"}
+    dequantize(stored)
+
+
+def test_off_it_leaves_no_trace(configure: Callable[..., TrainConfig]) -> None:  # noqa: F811
+    config = configure()
+    off = config.with_overrides({"quantize.allocate": "off", "quantize.allocate_tokens": 262_144})
+    assert off.digest() == config.digest() and off.without_places() == config.without_places()
+    code = unpacked_code(packed_code(config))
+    for module in ("allocation", "rate_distortion", "sensitivity"):
+        source = code.get(f"trainer/quantize/{module}.py", "class Left:pass")
+        assert len(source) < 200 and "def " not in source
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"quantize.method": "round"}, 'set it to "gptq"'),
+        ({"quantize.qat_start": 0.5}, "set quantize.qat_start = 1"),
+        ({"quantize.awq_groups": 1}, "set it to 0"),
+        ({"quantize.prune_to_fit": True}, "set it to false"),
+        ({"budget.artifact_bytes": None}, "which is null; set it"),
+    ],
+)
+def test_settings_that_contradict_it_are_refused(overrides: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        _settings(**overrides)

@@ -110,25 +110,38 @@ def increase(
 
 def measured_factors(
     model: nn.Module,
+    logits: Callable[[Tensor], Tensor],
     kinds: Mapping[str, str],
     rows: Mapping[str, Tensor],
     hessians: Mapping[str, Tensor],
-    batches: Sequence[tuple[Tensor, Tensor]],
+    batches: Sequence[Tensor],
     group: Group,
 ) -> dict[str, float]:
-    """Sensitivities.factors: all matrices of a kind are rounded, the loss is measured, and they
-    come back. Runs on every rank together.
+    """Sensitivities.factors: all matrices of a kind are rounded, and come back after each batch.
+    Runs on every rank together.
+
+    The increase is measured as the divergence from the plain model, which is what the loss grows by
+    where its gradient is 0, without the noise of targets.
 
     Args:
         kinds: of every matrix, by name.
-        batches: inputs and true targets of this rank.
+        batches: tokens [B, T] of this rank.
     """
     parameters = dict(model.named_parameters())
-    plain = _mean_loss(model, batches, group)
+    names_of = {k: [name for name in kinds if kinds[name] == k] for k in kinds.values()}
+    rounded = {name: _probe(parameters[name]) for name in kinds}
+    found = torch.zeros(len(names_of) + 1, dtype=torch.float64, device=group.device)
+    with torch.no_grad():
+        for tokens_BT in batches:
+            plain_BTV = logits(tokens_BT).log_softmax(-1)
+            for place, names in enumerate(names_of.values()):
+                with _replaced(parameters, {name: rounded[name] for name in names}):
+                    now_BTV = logits(tokens_BT).log_softmax(-1)
+                found[place] += (plain_BTV.exp() * (plain_BTV - now_BTV)).sum(-1).double().sum()
+            found[-1] += tokens_BT.numel()
+    *nats, count = group.all_reduce_sum_(found).tolist()
     by_kind = {}
-    for kind in dict.fromkeys(kinds.values()):
-        names = [name for name, other in kinds.items() if other == kind]
-        rounded = {name: _probe(parameters[name]) for name in names}
+    for (kind, names), measured in zip(names_of.items(), nats, strict=True):
         expected = sum(
             increase(
                 rows[name].mean(0),
@@ -138,10 +151,8 @@ def measured_factors(
             )
             for name in names
         )
-        with _replaced(parameters, rounded):
-            found = _mean_loss(model, batches, group) - plain
         low, high = FACTOR_BOUNDS
-        by_kind[kind] = min(max(found / expected, low), high) if expected > 0 else 1.0
+        by_kind[kind] = min(max(measured / count / expected, low), high) if expected > 0 else 1.0
     return {name: by_kind[kind] for name, kind in kinds.items()}
 
 
@@ -157,19 +168,8 @@ def _replaced(
     parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]
 ) -> Iterator[None]:
     kept = {name: parameters[name].detach().clone() for name in values}
-    with torch.no_grad():
-        for name, value in values.items():
-            parameters[name].copy_(value)
-        yield
-        for name, value in kept.items():
-            parameters[name].copy_(value)
-
-
-def _mean_loss(model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]], group: Group) -> float:
-    total = torch.zeros(2, dtype=torch.float64, device=group.device)
-    with torch.no_grad():
-        for x_BT, y_BT in batches:
-            total[0] += model(x_BT, y_BT, reduction="none").double().sum()
-            total[1] += x_BT.numel()
-    group.all_reduce_sum_(total)
-    return float(total[0] / total[1])
+    for name, value in values.items():
+        parameters[name].copy_(value)
+    yield
+    for name, value in kept.items():
+        parameters[name].copy_(value)
