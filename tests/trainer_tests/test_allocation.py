@@ -12,6 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.trainer_tests.small_data import VOCAB_SIZE
+from tests.trainer_tests.small_recipes import SMALL
 from tests.trainer_tests.test_calibration import CPU_GROUP, _batches, _model
 from tests.trainer_tests.test_loop import Collector, configure, data_dir  # noqa: F401
 from trainer import artifact
@@ -30,6 +32,7 @@ from trainer.quantize.sensitivity import (
     measured_factors,
     row_sensitivities,
 )
+from trainer.recipes import RECIPES
 
 CODED: dict[str, Any] = {
     "quantize.method": "gptq",
@@ -190,6 +193,45 @@ def test_a_run_fills_its_budget_and_beats_uniform_steps_of_as_many_bytes(
     _, stored = artifact.decode((tmp_path / "shared" / "artifact.bin").read_bytes())
     assert {t.scheme for t in stored.tensors.values()} > {"float32"}
     dequantize(stored)
+
+
+@pytest.mark.parametrize("recipe", ["pr1212", "pr1894", "frontier"])
+def test_small_copies_of_the_recipes_fit_by_it(
+    recipe: str,
+    data_dir: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """Tables without inputs, gates, shared blocks, lanes, documents, compact scales, streams by
+    role."""
+    config = (
+        RECIPES[recipe]
+        .build()
+        .with_overrides(
+            {
+                **SMALL[recipe],
+                **({"data.loader": "sequential"} if recipe == "pr1212" else {}),
+                "model.vocab_size": VOCAB_SIZE,
+                "data.dir": str(data_dir),
+                "budget.max_steps": 2,
+                "quantize.calibration_tokens": 512,
+                "quantize.allocate": "rate_distortion",
+                "quantize.allocate_tokens": 512,
+                "quantize.low_rank": "off",
+                "evaluate.ttt": "off",
+                "evaluate.stride": 0,
+                "evaluate.prequant": False,
+                "runtime.prime_steps": 0,
+                "compress.codec": "rans_classes",
+                "compress.level": 9,
+            }
+        )
+    )
+    cap = len(packed_code(config)) + 16_000
+    result = train(
+        config.with_overrides({"budget.artifact_bytes": cap}), Collector(), tmp_path / "out"
+    )
+    assert result.bytes_model is not None and 15_600 < result.bytes_model <= 16_000
+    assert result.val_bpb is not None and result.val_bpb < 20
 
 
 def test_off_it_leaves_no_trace(configure: Callable[..., TrainConfig]) -> None:  # noqa: F811
