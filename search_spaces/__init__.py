@@ -3,7 +3,7 @@
 from search_spaces.evaluation import EVALUATION, EVALUATION_DOCUMENTS
 from search_spaces.learning_rates import LEARNING_RATES
 from search_spaces.optimizers import OPTIMIZERS
-from search_spaces.quantization import QUANTIZATION
+from search_spaces.quantization import ALLOCATION, QUANTIZATION
 from search_spaces.recurrence import RECURRENCE
 from search_spaces.sequence_mixes import SEQUENCE_MIXES
 from search_spaces.smoke import SMOKE
@@ -22,6 +22,7 @@ SPACES: dict[str, Space] = {
         WINDOW_X_MIX,
         RECURRENCE,
         QUANTIZATION,
+        ALLOCATION,
         EVALUATION,
         EVALUATION_DOCUMENTS,
     )

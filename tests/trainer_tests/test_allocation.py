@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,30 @@ def test_no_cap_is_ever_passed_and_most_of_it_is_used(seed: int, codec: str) -> 
         assert blob == encode(packer.state)
         losses.append(packer.increase)
     assert losses == sorted(losses, reverse=True)  # more bytes, less loss
+
+
+def test_factors_of_low_rank_stay_where_they_pay_and_only_there() -> None:
+    """Noise is no matrix of low rank, and one column that steps clip or drown is."""
+    config = _settings(**{"quantize.low_rank": "float16", "quantize.low_rank_rank": 1})
+    for pays in (False, True):
+        packer, encode = _packer(1, config), partial(artifact.encode, config=config)
+        matrix = packer._matrices[1]
+        if pays:
+            packer._settle(3_000)
+            option = packer._chosen[1]
+            made = matrix.solved[option]
+            codes = made.tensor.arrays["codes"].copy()
+            codes[:, 3] += np.sign(codes[:, 3]) + 3
+            arrays = {**made.tensor.arrays, "codes": codes}
+            matrix.solved[option] = replace(
+                made, tensor=replace(made.tensor, arrays=arrays), increase=made.increase * 40
+            )
+            assert matrix.add_factors(option, matrix.price(option) / 40, lambda data: len(data))
+            assert matrix.solved[option].tensor.scheme.endswith("+lr1")
+            assert matrix.solved[option].increase < 3 * made.increase
+        else:
+            blob = packer.pack(4_000, encode)
+            assert packer._factored == [] and len(blob) <= 4_000
 
 
 def test_more_bytes_than_help_are_left_and_too_few_are_an_error() -> None:
@@ -195,6 +220,7 @@ def test_a_run_fills_its_budget_and_beats_uniform_steps_of_as_many_bytes(
     dequantize(stored)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["pr1212", "pr1894", "frontier"])
 def test_small_copies_of_the_recipes_fit_by_it(
     recipe: str,
@@ -216,7 +242,6 @@ def test_small_copies_of_the_recipes_fit_by_it(
                 "quantize.calibration_tokens": 512,
                 "quantize.allocate": "rate_distortion",
                 "quantize.allocate_tokens": 512,
-                "quantize.low_rank": "off",
                 "evaluate.ttt": "off",
                 "evaluate.stride": 0,
                 "evaluate.prequant": False,
@@ -226,11 +251,11 @@ def test_small_copies_of_the_recipes_fit_by_it(
             }
         )
     )
-    cap = len(packed_code(config)) + 16_000
+    cap = len(packed_code(config)) + 30_000
     result = train(
         config.with_overrides({"budget.artifact_bytes": cap}), Collector(), tmp_path / "out"
     )
-    assert result.bytes_model is not None and 15_600 < result.bytes_model <= 16_000
+    assert result.bytes_model is not None and 29_000 < result.bytes_model <= 30_000
     assert result.val_bpb is not None and result.val_bpb < 20
 
 

@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 
 from trainer.config import QuantizeConfig
+from trainer.config.quantize import takes_low_rank
 from trainer.errors import ArtifactError
-from trainer.quantize import coded_names, quantize, untied
+from trainer.quantize import coded_names, corrected, quantize, untied
 from trainer.quantize.gptq import Factor, best_codes, factorise
 from trainer.quantize.grid import LARGEST_SCALE, Grid, compact
 from trainer.quantize.per_row import PerRow, as_rows
@@ -114,6 +115,25 @@ class Matrix:
         size = coded_size(arrays["codes"].tobytes()) + _scale_bytes(grid)
         self.solved[option] = Solved(made, size, self._increase(weights_RC, grid.decoded(codes_RC)))
 
+    def price(self, option: int) -> float:
+        """By how much a byte more lowers the increase at an option: errors fall fourfold a bit."""
+        return 16 * math.log(2) * self.solved[option].increase / self.tensor.numel()
+
+    def add_factors(self, option: int, price: float, coded_size: CodedSize) -> bool:
+        """Put low-rank factors on a solved option if their bytes pay more than this each."""
+        made = self.solved[option]
+        better = corrected(made.tensor, self.tensor, self.config, self.hessian_CC)
+        if better is None:
+            return False
+        decoded = torch.from_numpy(scheme_named(better.scheme).decode(better.arrays, better.shape))
+        lowered = self._increase(as_rows(self.tensor), as_rows(decoded.to(self.tensor.device)))
+        added = [better.arrays[part] for part in better.arrays if part not in made.tensor.arrays]
+        num_bytes = sum(coded_size(array.tobytes()) for array in added)
+        if made.increase - lowered <= price * num_bytes:
+            return False
+        self.solved[option] = Solved(better, made.num_bytes + num_bytes, lowered)
+        return True
+
     def _increase(self, weights_RC: Tensor, decoded_RC: Tensor) -> float:
         return increase(self.rows_2R[1], weights_RC, decoded_RC, self.hessian_CC)
 
@@ -190,6 +210,8 @@ class Packer:
         self._coded_size = coded_size
         self._log = log
         self._chosen = [0] * len(names)
+        self._config = config
+        self._factored: list[str] | None = None
 
     def pack(self, cap: int, encode: Encode) -> bytes:
         """The file of least expected loss that has at most `cap` bytes.
@@ -203,6 +225,8 @@ class Packer:
             if best is not None and (share < 1 or len(best) >= ENOUGH * cap or self._is_finest):
                 break
             self._settle(share * cap - beside)
+            if self._factored is None:
+                self._factored = self._add_factors()
             blob = encode(self.state)
             beside = len(blob) - self._num_bytes
             if len(blob) <= cap and self.increase < least:
@@ -260,7 +284,22 @@ class Packer:
             for matrix, option in pairs:
                 matrix.solve(option, self._coded_size)
 
+    def _add_factors(self) -> list[str]:
+        """Low-rank factors for the worst of the matrices that quantize.low_rank means, where a byte
+        of them lowers the loss by more than a byte of codes. Returns whose."""
+        pairs = list(zip(self._matrices, self._chosen, strict=True))
+        able = [pair for pair in pairs if takes_low_rank(self._config, pair[0].name)]
+        able.sort(key=lambda pair: -pair[0].solved[pair[1]].increase)
+        price = float(np.median([matrix.price(option) for matrix, option in pairs]))
+        return [
+            matrix.name
+            for matrix, option in able[: self._config.low_rank_top_k or None]
+            if matrix.add_factors(option, price, self._coded_size)
+        ]
+
     def _report(self, blob: bytes, cap: int) -> None:
+        if self._factored:
+            self._log(f"allocate: low-rank factors pay for {', '.join(self._factored)}")
         widths = [WIDTHS[option % len(WIDTHS)] for option in self._chosen]
         mean = math.exp(sum(map(math.log, widths)) / max(len(widths), 1))
         self._log(
