@@ -4,7 +4,7 @@ from search_spaces.evaluation import EVALUATION, EVALUATION_DOCUMENTS
 from search_spaces.iha import IHA
 from search_spaces.learning_rates import LEARNING_RATES
 from search_spaces.optimizers import OPTIMIZERS
-from search_spaces.quantization import QUANTIZATION
+from search_spaces.quantization import ALLOCATION, QUANTIZATION
 from search_spaces.recurrence import RECURRENCE
 from search_spaces.sequence_mixes import SEQUENCE_MIXES
 from search_spaces.smoke import SMOKE
@@ -24,6 +24,7 @@ SPACES: dict[str, Space] = {
         RECURRENCE,
         IHA,
         QUANTIZATION,
+        ALLOCATION,
         EVALUATION,
         EVALUATION_DOCUMENTS,
     )

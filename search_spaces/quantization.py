@@ -96,3 +96,25 @@ QUANTIZATION = Space(
     ),
     description="bits, clips, calibration, codec and corrections of weights already trained",
 )
+
+ALLOCATION = Space(
+    name="allocation",
+    recipe="tiny",
+    track="laptop",
+    axes={
+        "quantize.method": CategoricalDistribution(["gptq"]),
+        "quantize.reserve_seconds": CategoricalDistribution([3.0]),
+        "quantize.allocate": CategoricalDistribution(["off", "rate_distortion"]),
+        "quantize.allocate_tokens": IntDistribution(1024, 16_384, log=True),
+        "quantize.calibration_tokens": IntDistribution(1024, 16_384, log=True),
+        "quantize.low_rank": CategoricalDistribution(["off", "asymmetric", "float16"]),
+        "quantize.scale_bits": CategoricalDistribution([16, 8]),
+        "compress.codec": CategoricalDistribution(["rans_classes", "rans", "brotli"]),
+        "compress.grouping": CategoricalDistribution(["type", "role", "role_transposed"]),
+    },
+    enqueued=(
+        {**GPTQ, "quantize.allocate": "off", "compress.codec": "rans_classes"},
+        {**GPTQ, "quantize.allocate": "rate_distortion", "compress.codec": "rans_classes"},
+    ),
+    description="the bytes of the cap shared out among matrices, of weights already trained",
+)

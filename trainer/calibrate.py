@@ -7,12 +7,13 @@ Never validation text. Both ways read the final weights and count against budget
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from trainer.config import TrainConfig
+from trainer.config.quantize import kind_of
 from trainer.data.dataset import Dataset
 from trainer.data.documents import BOS_ID
 from trainer.data.loader import TrainLoader
@@ -21,6 +22,13 @@ from trainer.errors import DataError
 from trainer.model.gpt import GPT
 from trainer.quantize import coded_names
 from trainer.quantize.calibration import Batches, collect_hessians, write_rows
+from trainer.quantize.sensitivity import (
+    MAX_TOKENS,
+    MIN_PASSES,
+    Sensitivities,
+    measured_factors,
+    row_sensitivities,
+)
 
 
 def check_calibration(config: TrainConfig, dataset: Dataset) -> None:
@@ -55,6 +63,43 @@ def calibrate(
         batches = _written_batches(config, model, group, prime)
     names = coded_names(dict(model.named_parameters()), config.quantize)
     return collect_hessians(model, names, batches, group)
+
+
+def sensitivities(
+    config: TrainConfig,
+    model: GPT,
+    loader: TrainLoader,
+    hessians: Mapping[str, Tensor],
+    group: Group,
+    prime: bool = False,
+) -> Sensitivities:
+    """What quantize.allocate needs to know of the loss. Reads training batches, on every rank
+    together; `prime` as above."""
+    quantize = config.quantize
+    names = [
+        name
+        for name in coded_names(dict(model.named_parameters()), quantize)
+        if not (quantize.gate_bits and "gate" in name)
+    ]
+    pass_tokens = min(MAX_TOKENS, max(1, quantize.allocate_tokens // MIN_PASSES))
+    if prime:
+        batches = [next(_cut([batch], pass_tokens)) for batch in _one_of_each_shape(loader)]
+    else:
+        num_tokens = math.ceil(quantize.allocate_tokens / group.size)
+        batches = list(_cut(_training_batches(loader, num_tokens), pass_tokens))
+    seed = config.runtime.seed
+    rows = row_sensitivities(model, model.logits, names, batches, hessians, group, seed)
+    kinds = {name: kind_of(name) for name in names}
+    factors = measured_factors(model, model.logits, kinds, rows, hessians, batches, group)
+    return Sensitivities(rows, factors)
+
+
+def _cut(batches: Batches, num_tokens: int) -> Iterator[Tensor]:
+    """The inputs in pieces of whole rows with about so many tokens; all of a shape are alike."""
+    for x_BT, _ in batches:
+        rows = min(x_BT.size(0), max(1, num_tokens // x_BT.size(1)))
+        for start in range(0, x_BT.size(0) - rows + 1, rows):
+            yield x_BT[start : start + rows]
 
 
 def _training_batches(loader: TrainLoader, num_tokens: int) -> Batches:

@@ -12,14 +12,17 @@ from pathlib import Path
 from torch import Tensor
 
 from trainer import artifact, checkpoint
-from trainer.calibrate import calibrate
+from trainer.calibrate import calibrate, sensitivities
 from trainer.code import packed_code
+from trainer.compress import coded_size
 from trainer.config import TrainConfig
 from trainer.errors import ArtifactError, ConfigError
 from trainer.evaluate.naive_ttt import train_on_validation
 from trainer.evaluate.scorer import EvalResult
 from trainer.quantize import QuantizedState, coded_names, dequantize, quantize
+from trainer.quantize.allocation import Packer
 from trainer.quantize.prune import prune_to_fit
+from trainer.quantize.sensitivity import Sensitivities
 from trainer.workspace import Workspace
 
 
@@ -38,6 +41,7 @@ class Finish:
 
     work: Workspace
     hessians: dict[str, Tensor] = field(default_factory=dict)
+    sensitivities: Sensitivities | None = None
 
     def calibrate(self) -> None:
         """Collect what GPTQ needs to know of the final weights' inputs. It reads training data or
@@ -47,6 +51,10 @@ class Finish:
             return
         with work.timer.phase("calibrate"):
             self.hessians = calibrate(config, work.model, work.loader, work.group)
+            if config.quantize.allocate != "off":
+                self.sensitivities = sensitivities(
+                    config, work.model, work.loader, self.hessians, work.group
+                )
         missing = set(coded_names(dict(work.model.named_parameters()), config.quantize))
         missing -= set(self.hessians)
         if missing:
@@ -98,6 +106,8 @@ class Finish:
 
     def _write_artifact(self, path: Path) -> PackedSize:
         work = self.work
+        if self.sensitivities is not None:
+            return self._write_allocated(path, self.sensitivities)
         with work.timer.phase("quantize"):
             state = work.model.state_dict()
             quantized = quantize(state, work.config.quantize, self.hessians, work.log)
@@ -105,6 +115,25 @@ class Finish:
             blob = self._encode(quantized)
             artifact.write(path, blob)
         return PackedSize(len(packed_code(work.config)), len(blob), artifact.sha256(blob))
+
+    def _write_allocated(self, path: Path, sensitivities: Sensitivities) -> PackedSize:
+        """Share out what the code leaves of budget.artifact_bytes."""
+        work, config = self.work, self.work.config
+        bytes_code, cap = len(packed_code(config)), config.budget.artifact_bytes
+        assert cap is not None
+        with work.timer.phase("quantize"):
+            packer = Packer(
+                work.model.state_dict(),
+                config.quantize,
+                self.hessians,
+                sensitivities,
+                partial(coded_size, config=config.compress),
+                work.log,
+            )
+        with work.timer.phase("pack"):
+            blob = packer.pack(cap - bytes_code, partial(artifact.encode, config=config))
+            artifact.write(path, blob)
+        return PackedSize(bytes_code, len(blob), artifact.sha256(blob))
 
     def _encode(self, quantized: QuantizedState) -> bytes:
         """The file's content, made to fit where quantize.prune_to_fit is on."""

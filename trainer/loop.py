@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from trainer.calibrate import calibrate
+from trainer.calibrate import calibrate, sensitivities
 from trainer.clock import BudgetClock, Gate
 from trainer.compilations import on_compilation
 from trainer.config import TrainConfig
@@ -172,9 +172,12 @@ class Run:
             if self.config.runtime.prime_steps == 1:
                 self.primed_seconds.clear()  # they are those of compilation
             if self.config.quantize.method == "gptq":
-                calibrate(
-                    self.config, self.work.model, self.work.loader, self.work.group, prime=True
-                )
+                work = self.work
+                hessians = calibrate(self.config, work.model, work.loader, work.group, prime=True)
+                if self.config.quantize.allocate != "off":
+                    sensitivities(
+                        self.config, work.model, work.loader, hessians, work.group, prime=True
+                    )
             self.work.model.load_state_dict(weights)
             self.optimizer.load_state_dict(optimizer_state)
             self.work.loader.load_state_dict(position)

@@ -22,6 +22,8 @@ OPTIONAL: dict[str, Callable[[TrainConfig], bool]] = {
         or run.runtime.checkpoint_seconds > 0
         or run.evaluate.ensemble != "off"
     ),
+    "trainer.compress.rans": lambda run: run.compress.codec.startswith("rans"),
+    "trainer.compress.rans_classes": lambda run: run.compress.codec == "rans_classes",
     "trainer.config.iha": lambda run: run.model.iha != "off",
     "trainer.config.window_stages": lambda run: bool(run.model.window_stages),
     "trainer.data.document_shuffle": lambda run: run.data.loader == "shuffled_documents",
@@ -46,10 +48,12 @@ OPTIONAL: dict[str, Callable[[TrainConfig], bool]] = {
     "trainer.model.shared": lambda run: run.model.num_loops > 1,
     "trainer.resume": lambda run: run.runtime.checkpoint_seconds > 0,
     "trainer.optim.sharded_muon": lambda run: run.optim.muon_comm == "reduce_scatter",
+    "trainer.quantize.allocation": lambda run: run.quantize.allocate != "off",
     "trainer.quantize.awq": lambda run: run.quantize.awq_groups > 0,
     "trainer.quantize.calibration": lambda run: run.quantize.method == "gptq",
     "trainer.quantize.gptq": lambda run: run.quantize.method == "gptq",
     "trainer.quantize.prune": lambda run: run.quantize.prune_to_fit,
+    "trainer.quantize.sensitivity": lambda run: run.quantize.allocate != "off",
 }
 """Module -> whether a run of these settings calls it. Whatever only it imports is left out too."""
 

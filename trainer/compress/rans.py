@@ -38,8 +38,8 @@ SYMBOLS_PER_STATE = 1 << 13
 LEAST_SHARE = 1 / 64
 """Data that would shrink below this share is not noise; brotli takes it."""
 
-_TOTAL = 1 << TABLE_BITS
-_LOWEST = 1 << 16
+TOTAL = 1 << TABLE_BITS
+LOWEST = 1 << 16
 _PREFIX = struct.Struct("<cQH")
 
 
@@ -51,7 +51,7 @@ def rans_compress(data: bytes, level: int) -> bytes:
     entropy = float(-(shares * np.log2(shares)).sum()) * len(data) / 8
     if not LEAST_SHARE * len(data) < entropy < len(by_brotli):
         return by_brotli
-    by_states = _encode(symbols, _frequencies(counts_S))
+    by_states = _encode(symbols, frequencies(counts_S))
     return min(by_brotli, by_states, key=len)
 
 
@@ -59,7 +59,7 @@ def rans_decompress(packed: bytes, size: int) -> bytes:
     if packed[:1] == b"B":
         return brotli_decompress(packed[1:], size)
     if packed[:1] != b"R" or len(packed) < _PREFIX.size:
-        raise _damaged("it begins like none")
+        raise damaged("it begins like none")
     _, num_symbols, table_bytes = _PREFIX.unpack_from(packed)
     if num_symbols != size:  # before memory is taken
         raise wrong_size(min(num_symbols, size + 1), size, "rans")
@@ -68,11 +68,11 @@ def rans_decompress(packed: bytes, size: int) -> bytes:
     body = packed[_PREFIX.size + table_bytes :]
     table = brotli_decompress(packed[_PREFIX.size : _PREFIX.size + table_bytes], 512)
     freqs_S = np.frombuffer(table, "<u2").astype(np.uint64)
-    if int(freqs_S.sum()) != _TOTAL:
-        raise _damaged("its frequencies do not add up")
+    if int(freqs_S.sum()) != TOTAL:
+        raise damaged("its frequencies do not add up")
     num_states = _num_states(size)
     if len(body) < 4 * num_states or len(body) % 2:
-        raise _damaged("it is cut short")
+        raise damaged("it is cut short")
     states_L = np.frombuffer(body[: 4 * num_states], "<u4").astype(np.uint64)
     return _decode(size, freqs_S, states_L, np.frombuffer(body[4 * num_states :], "<u2"))
 
@@ -80,11 +80,11 @@ def rans_decompress(packed: bytes, size: int) -> bytes:
 RANS = Codec(rans_compress, rans_decompress)
 
 
-def _frequencies(counts_S: np.ndarray) -> np.ndarray:
-    """Whole shares of _TOTAL, [S] uint64, at least 1 for what occurs."""
-    freqs_S = np.round(counts_S / counts_S.sum() * _TOTAL)
+def frequencies(counts_S: np.ndarray) -> np.ndarray:
+    """Whole shares of TOTAL, [S] uint64, at least 1 for what occurs."""
+    freqs_S = np.round(counts_S / counts_S.sum() * TOTAL)
     freqs_S[(counts_S > 0) & (freqs_S < 1)] = 1
-    while (excess := int(freqs_S.sum()) - _TOTAL) != 0:  # the most frequent bear what is left
+    while (excess := int(freqs_S.sum()) - TOTAL) != 0:  # the most frequent bear what is left
         most = int(freqs_S.argmax())
         freqs_S[most] -= min(excess, freqs_S[most] // 2) if excess > 0 else excess
     whole_S: np.ndarray = freqs_S.astype(np.uint64)
@@ -95,14 +95,14 @@ def _num_states(num_symbols: int) -> int:
     return min(MAX_STATES, max(1, num_symbols // SYMBOLS_PER_STATE))
 
 
-def _starts(freqs_S: np.ndarray) -> np.ndarray:
+def starts(freqs_S: np.ndarray) -> np.ndarray:
     starts_S: np.ndarray = np.cumsum(freqs_S) - freqs_S
     return starts_S
 
 
 def _encode(symbols: np.ndarray, freqs_S: np.ndarray) -> bytes:
-    starts_S, num_states = _starts(freqs_S), _num_states(len(symbols))
-    states_L = np.full(num_states, _LOWEST, np.uint64)
+    starts_S, num_states = starts(freqs_S), _num_states(len(symbols))
+    states_L = np.full(num_states, LOWEST, np.uint64)
     words: list[np.ndarray] = []
     shift = np.uint64(32 - TABLE_BITS)
     for first in reversed(range(0, len(symbols), num_states)):
@@ -122,25 +122,25 @@ def _encode(symbols: np.ndarray, freqs_S: np.ndarray) -> bytes:
 
 def _decode(size: int, freqs_S: np.ndarray, states_L: np.ndarray, words: np.ndarray) -> bytes:
     symbol_of = np.repeat(np.arange(256, dtype=np.uint8), freqs_S.astype(np.int64))
-    starts_S, symbols = _starts(freqs_S), np.empty(size, np.uint8)
+    starts_S, symbols = starts(freqs_S), np.empty(size, np.uint8)
     used = 0
     for first in range(0, size, len(states_L)):
         states = states_L[: size - first]
-        slots = states & np.uint64(_TOTAL - 1)
+        slots = states & np.uint64(TOTAL - 1)
         part = symbol_of[slots]
         symbols[first : first + len(states)] = part
         states = freqs_S[part] * (states >> np.uint64(TABLE_BITS)) + slots - starts_S[part]
-        is_low = states < _LOWEST
+        is_low = states < LOWEST
         refill = words[used : used + int(is_low.sum())]
         used += int(is_low.sum())
         if used > len(words):
-            raise _damaged("it is cut short")
+            raise damaged("it is cut short")
         states[is_low] = (states[is_low] << np.uint64(16)) | refill
         states_L[: len(states)] = states
-    if used != len(words) or (states_L != _LOWEST).any():
-        raise _damaged("it does not end where it began")
+    if used != len(words) or (states_L != LOWEST).any():
+        raise damaged("it does not end where it began")
     return symbols.tobytes()
 
 
-def _damaged(fault: str) -> ArtifactError:
+def damaged(fault: str) -> ArtifactError:
     return ArtifactError(f"a rans stream is damaged ({fault}); pack the model again")

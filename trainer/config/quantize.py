@@ -116,6 +116,13 @@ class QuantizeConfig(Settings):
     """Bits of control tensors of at least 128 elements, one scale each; 0 = 32-bit floats."""
     scale_bits: Literal[8, 16] = 16
     """16: the scales of rows are fp16. 8: whole multiples of one fp16 step a tensor."""
+    allocate: Literal["off", "rate_distortion"] = "off"
+    """"rate_distortion": after training, every coded matrix gets the step, and with it bits and
+    clip, that lets the loss grow least within budget.artifact_bytes, which the artifact then fills.
+    Takes the place of bits and clips set here; needs method = "gptq"."""
+    allocate_tokens: PositiveInt = 262_144
+    """Training tokens over all workers on which the loss's sensitivity to each matrix is measured,
+    with backward passes; counts as calibration."""
     prune_to_fit: bool = False
     """Where the artifact is over budget.artifact_bytes, its cheapest codes of 1 and -1 become 0
     until it is not. Packs some times over."""
@@ -141,12 +148,36 @@ class QuantizeConfig(Settings):
                 f'quantize.method = "{self.method}" does not collect; set it to "gptq", or '
                 "quantize.awq_groups = 0"
             )
+        if self.allocate != "off":
+            faults.extend(self._allocation_faults())
         if self.clip_search_low > self.clip_search_high:
             faults.append(
                 f"quantize.clip_search_low = {self.clip_search_low:g} is above "
                 f"quantize.clip_search_high = {self.clip_search_high:g}; swap them"
             )
         return raise_together(self, faults)
+
+    def _allocation_faults(self) -> list[str]:
+        named = f'quantize.allocate = "{self.allocate}"'
+        faults = []
+        if self.method != "gptq":
+            faults.append(
+                f"{named} needs the inputs of the matrices, which quantize.method = "
+                f'"{self.method}" does not collect; set it to "gptq"'
+            )
+        if self.qat_start < 1:
+            faults.append(
+                f"quantize.qat_start = {self.qat_start:g} needs the artifact's grid while training "
+                f"goes on, and {named} knows it only afterwards; set quantize.qat_start = 1"
+            )
+        if self.awq_groups:
+            faults.append(
+                f"quantize.awq_groups = {self.awq_groups}: {named} has one step for a row; set it "
+                "to 0"
+            )
+        if self.prune_to_fit:
+            faults.append(f"quantize.prune_to_fit = true: {named} fits by itself; set it to false")
+        return faults
 
     def bits_of(self, name: str, num_layers: int) -> int:
         """Bits of the codes of a tensor that is large enough to be coded, by its name in the state
@@ -165,7 +196,7 @@ class QuantizeConfig(Settings):
             "attn": attn_bits,
             "mlp": self.mlp_bits or matrix_bits,
             "other": matrix_bits,
-        }[_kind(name)]
+        }[kind_of(name)]
 
     def for_tensor(self, name: str) -> QuantizeConfig:
         """The settings with the clip of this tensor's kind as clip_sigmas; small gates keep their
@@ -179,20 +210,20 @@ class QuantizeConfig(Settings):
             "attn": attn_sigmas,
             "mlp": self.mlp_clip_sigmas or self.clip_sigmas,
             "other": self.clip_sigmas,
-        }[_kind(name)]
+        }[kind_of(name)]
         return self.model_copy(update={"clip_sigmas": sigmas})
 
 
 def takes_low_rank(config: QuantizeConfig, name: str) -> bool:
     """Whether a coded tensor of this name may have low-rank factors."""
-    if config.low_rank == "off" or (config.low_rank_targets == "qk" and _kind(name) != "qk"):
+    if config.low_rank == "off" or (config.low_rank_targets == "qk" and kind_of(name) != "qk"):
         return False
     parts = name.split(".")
     layer = int(parts[1]) if parts[0] == "blocks" else -1
     return config.low_rank_from_layer == 0 or layer >= config.low_rank_from_layer
 
 
-def _kind(name: str) -> Literal["embed", "qk", "attn", "mlp", "other"]:
+def kind_of(name: str) -> Literal["embed", "qk", "attn", "mlp", "other"]:
     """What a tensor is, by its name in the state dict."""
     parts = name.split(".")
     if parts[-2:] == ["tok_emb", "weight"]:
@@ -202,16 +233,25 @@ def _kind(name: str) -> Literal["embed", "qk", "attn", "mlp", "other"]:
     return "mlp" if "mlp" in parts else "other"
 
 
-CODEC_LEVELS = {"zlib": (0, 9), "brotli": (0, 11), "lzma": (0, 9), "zstd": (1, 22), "rans": (0, 11)}
+CODEC_LEVELS = {
+    "zlib": (0, 9),
+    "brotli": (0, 11),
+    "lzma": (0, 9),
+    "zstd": (1, 22),
+    "rans": (0, 11),
+    "rans_classes": (0, 11),
+}
 
 
 class CompressConfig(Settings):
     """How quantised weights become bytes."""
 
-    codec: Literal["zlib", "brotli", "lzma", "zstd", "rans"] = "zlib"
-    """Entropy coder. "rans": a range coder for codes without structure, brotli for the others."""
+    codec: Literal["zlib", "brotli", "lzma", "zstd", "rans", "rans_classes"] = "zlib"
+    """Entropy coder. "rans": a range coder for codes without structure, brotli for the others.
+    "rans_classes": the same with frequencies for each class of alike rows, in seconds."""
     level: Annotated[int, Field(ge=0, le=22)] = 9
-    """Effort: 0..9 for zlib and lzma, 0..11 for brotli (also within "rans"), 1..22 for zstd."""
+    """Effort: 0..9 for zlib and lzma, 0..11 for brotli (also within "rans" and "rans_classes"),
+    1..22 for zstd."""
     byte_shuffle: bool = False
     """Group bytes of equal significance before coding."""
     grouping: Literal["type", "role", "role_transposed", "role_sorted"] = "type"

@@ -104,6 +104,11 @@ class TrainConfig(Settings):
         return faults
 
     def _calibration_faults(self) -> list[str]:
+        if self.quantize.allocate != "off" and self.budget.artifact_bytes is None:
+            return [
+                f'quantize.allocate = "{self.quantize.allocate}" fills budget.artifact_bytes, '
+                "which is null; set it"
+            ]
         seconds, reserve = self.budget.train_seconds, self.quantize.reserve_seconds
         if self.quantize.method != "gptq" or seconds is None or self.source.skips_training:
             return []

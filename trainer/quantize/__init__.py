@@ -26,10 +26,12 @@ __all__ = [
     "QuantizedTensor",
     "Scheme",
     "coded_names",
+    "corrected",
     "dequantize",
     "find_scheme",
     "quantize",
     "scheme_named",
+    "untied",
 ]
 
 
@@ -51,7 +53,7 @@ def quantize(
     Raises: ArtifactError that names a tensor with numbers that are not finite, or of a type that
         no scheme stores.
     """
-    kept, aliases = _untied(state)
+    kept, aliases = untied(state)
     num_layers = count_layers(state)
     schemes = {name: _scheme_of(name, kept[name], config, num_layers) for name in kept}
     known = dict(hessians or {}) if config.method == "gptq" else {}
@@ -71,7 +73,7 @@ def quantize(
     return QuantizedState(_with_factors(tensors, kept, config, known, log), aliases)
 
 
-def _untied(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+def untied(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Every tensor once, detached, and the other names of tied ones."""
     kept: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
@@ -136,7 +138,7 @@ def _with_factors(
             errors[name] = float((kept[name].cpu().float() - decoded).double().norm())
     worst = sorted(errors, key=lambda name: -errors[name])
     for name in worst[: config.low_rank_top_k or len(worst)]:
-        better = _corrected(tensors[name], kept[name], config, hessians.get(name))
+        better = corrected(tensors[name], kept[name], config, hessians.get(name))
         if better is None:
             log(f"low_rank: {name} stays without factors, they would not lower its error")
         else:
@@ -144,7 +146,7 @@ def _with_factors(
     return tensors
 
 
-def _corrected(
+def corrected(
     stored: QuantizedTensor, tensor: Tensor, config: QuantizeConfig, hessian_CC: Tensor | None
 ) -> QuantizedTensor | None:
     """The tensor with factors, unless they make it worse: its outputs where inputs are known,

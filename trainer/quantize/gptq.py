@@ -11,6 +11,8 @@ Legend: R rows, C columns.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -23,6 +25,23 @@ BLOCK_COLUMNS = 128
 """Columns that are solved before the columns after them are brought up to date."""
 TRIES = 4
 """Factorisations with ten times the damping each, before a matrix is given up."""
+
+
+@dataclass(frozen=True)
+class Factor:
+    """What the solution needs of a Hessian."""
+
+    order_C: Tensor
+    """Columns in the order in which they are rounded."""
+    upper_CC: Tensor
+    """Cholesky factor of the damped inverse, in that order, fp64."""
+    dead_C: Tensor
+    """Columns whose inputs are always 0."""
+
+    def expected_error(self) -> float:
+        """(w - q) H (w - q)^T of a row whose rounding errors have mean square 1: the error of each
+        column is made up for by the later ones but for 1 / upper_jj^2 of it."""
+        return float(self.upper_CC.diagonal().pow(-2).sum())
 
 
 def encode_gptq(
@@ -45,39 +64,55 @@ def encode_gptq(
     """
     weights_RC = as_rows(tensor)
     grid = scheme.grid(weights_RC, config, hessian_CC.diagonal(), starts)
-    codes_RC = scheme.round(weights_RC, grid)
-    solved_RC = gptq_codes(weights_RC, grid, scheme.levels, hessian_CC, config)
-    if solved_RC is None:
+    factor = factorise(hessian_CC, config)
+    if factor is None:
         return None
+    codes_RC = best_codes(weights_RC, grid, scheme.levels, hessian_CC, factor)
+    return scheme.arrays(codes_RC, grid, tuple(tensor.shape))
+
+
+def best_codes(
+    weights_RC: Tensor, grid: Grid, levels: int, hessian_CC: Tensor, factor: Factor
+) -> Tensor:
+    """GPTQ's codes, int8; of each row the rounded ones where those are closer."""
+    codes_RC = grid.codes(weights_RC, levels)
+    solved_RC = _solved_codes(weights_RC, grid, levels, factor)
     loss_of_solved_R = output_error(weights_RC, solved_RC, grid, hessian_CC)
     loss_of_rounded_R = output_error(weights_RC, codes_RC, grid, hessian_CC)
     is_better_R1 = (loss_of_solved_R <= loss_of_rounded_R)[:, None]
-    codes_RC = torch.where(is_better_R1, solved_RC, codes_RC)
-    return scheme.arrays(codes_RC, grid, tuple(tensor.shape))
+    return torch.where(is_better_R1, solved_RC, codes_RC)
 
 
 def gptq_codes(
     weights_RC: Tensor, grid: Grid, levels: int, hessian_CC: Tensor, config: QuantizeConfig
 ) -> Tensor | None:
     """Codes, int8, in fp64 arithmetic; None when no damping makes the Hessian positive definite."""
+    factor = factorise(hessian_CC, config)
+    return None if factor is None else _solved_codes(weights_RC, grid, levels, factor)
+
+
+def factorise(hessian_CC: Tensor, config: QuantizeConfig) -> Factor | None:
+    """None when no damping makes the Hessian positive definite."""
     hessian_CC = hessian_CC.double().clone()
-    left_RC = weights_RC.double()
     diagonal_C = hessian_CC.diagonal()
     dead_C = diagonal_C == 0
     diagonal_C[dead_C] = 1.0
-    left_RC = left_RC.masked_fill(dead_C, 0.0)
     order_C = torch.arange(len(diagonal_C), device=diagonal_C.device)
     if config.act_order:
         order_C = torch.argsort(diagonal_C, descending=True, stable=True)
-    factor_CC = _factor(hessian_CC[order_C][:, order_C], config.damping)
-    if factor_CC is None:
-        return None
+    upper_CC = _factor(hessian_CC[order_C][:, order_C], config.damping)
+    return None if upper_CC is None else Factor(order_C, upper_CC, dead_C)
+
+
+def _solved_codes(weights_RC: Tensor, grid: Grid, levels: int, factor: Factor) -> Tensor:
+    left_RC = weights_RC.double().masked_fill(factor.dead_C, 0.0)
+    order_C = factor.order_C
     levels_C = grid.levels_C(levels, len(order_C))
     codes_RC = _solve(
         left_RC[:, order_C],
         grid.scales_RC(len(order_C))[:, order_C] if grid.high else grid.scales_RC(len(order_C)),
         [levels_C[column] for column in order_C.tolist()],
-        factor_CC,
+        factor.upper_CC,
     )
     return codes_RC[:, torch.argsort(order_C)].to(torch.int8)
 
