@@ -14,7 +14,17 @@ from collections.abc import Callable
 import typer
 from rich.text import Text
 
-from service.commands import catalogue, data, estimate, looking, sweep, train, trial, verify
+from service.commands import (
+    catalogue,
+    data,
+    estimate,
+    looking,
+    package,
+    sweep,
+    train,
+    trial,
+    verify,
+)
 from service.commands.terminal import messages
 from service.errors import SweepError, UsageError
 from trainer.errors import ConfigError, TrainerError
@@ -60,6 +70,7 @@ _add(sweep_app, "list", sweep.list_studies, "caddie sweep list")
 _add(trial_app, "show", trial.show, "caddie trial show smoke 3")
 _add(trial_app, "rerun", trial.rerun, "caddie trial rerun smoke 3")
 _add(app, "leaderboard", looking.leaderboard, "caddie leaderboard smoke --json")
+_add(app, "package", package.package, "caddie package smoke 3 --out submission")
 _add(app, "verify", verify.verify, "caddie verify submission --data caddie-data/sp1024 --json")
 _add(app, "ui", looking.ui, "caddie ui smoke")
 _add(app, "doctor", looking.doctor, "caddie doctor --json")

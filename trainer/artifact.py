@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import json
 import os
 import shutil
 import stat
@@ -30,7 +31,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from trainer.compress import CODECS, compress, decompress
 from trainer.config import TrainConfig
 from trainer.errors import ArtifactError
-from trainer.quantize import SCHEMES, ArraySpec, QuantizedState, find_scheme
+from trainer.quantize import SCHEMES, ArraySpec, QuantizedState, find_scheme, scheme_named
 from trainer.streams import Layouts, gather, itemsize, scatter, stream_sizes
 
 MAGIC = b"\x89CADDIE\n"
@@ -67,19 +68,18 @@ def encode(quantized: QuantizedState, config: TrainConfig) -> bytes:
     Settings at their defaults are left out, and so are paths: where things lay is nobody's business
     and must not change the size.
     """
-    settings = config.without_places()
     contents = gather(quantized, config.compress.grouping)
     streams = {
         stream: compress(data, config.compress, itemsize(stream))
         for stream, data in contents.items()
     }
-    header = _Header(
-        config=settings,
-        tensors=[(name, t.scheme, list(t.shape)) for name, t in quantized.tensors.items()],
-        aliases=dict(quantized.aliases),
-        streams={stream: len(packed) for stream, packed in streams.items()},
-    )
-    text = header.model_dump_json().encode()
+    table = {
+        "tensors": [(name, t.scheme, t.shape) for name, t in quantized.tensors.items()],
+        "aliases": dict(quantized.aliases),
+        "streams": {stream: len(packed) for stream, packed in streams.items()},
+    }
+    rest = json.dumps(table, separators=(",", ":"), ensure_ascii=False)
+    text = f'{{"config":{config.text_without_places()},{rest[1:]}'.encode()
     assert len(text) <= _MAX_HEADER_BYTES, "too many tensors for one artifact"
     packed_header = CODECS["brotli"].compress(text, 11)
     prefix = _PREFIX.pack(MAGIC, VERSION, len(packed_header), len(text))
@@ -93,16 +93,7 @@ def decode(blob: bytes) -> tuple[TrainConfig, QuantizedState]:
     Raises: ArtifactError for anything that encode did not write, whatever it is.
     """
     packed_header, text_size, streams = _split(blob)
-    try:
-        header = _Header.model_validate_json(CODECS["brotli"].decompress(packed_header, text_size))
-        config = TrainConfig.model_validate(header.config)
-    except ValidationError as error:
-        fault = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(str(part) for part in fault["loc"][:4])
-        raise ArtifactError(
-            f"artifact: {error.error_count()} faults in its header, first {where[:200]}: "
-            f"{fault['msg'][:200]}; written by another version of the code, or damaged"
-        ) from None
+    header, config = _read_header(packed_header, text_size)
     layouts = _checked_layouts(header, max(SAFE_BYTES, SAFE_RATIO * len(blob)))
     if sum(header.streams.values()) != len(streams):
         raise ArtifactError(
@@ -113,6 +104,18 @@ def decode(blob: bytes) -> tuple[TrainConfig, QuantizedState]:
     schemes = {name: (scheme, tuple(shape)) for name, scheme, shape in header.tensors}
     tensors = scatter(schemes, layouts, contents, config.compress.grouping)
     return config, QuantizedState(tensors, dict(header.aliases))
+
+
+def weights_digest(blob: bytes) -> str:
+    """Hex SHA-256 of a file's decoded weights in the order of their names: equal digests, equal
+    models, however they are packed. Raises ArtifactError."""
+    _, quantized = decode(blob)
+    digest = hashlib.sha256()
+    for name, stored in sorted(quantized.tensors.items()):
+        weights = scheme_named(stored.scheme).decode(stored.arrays, stored.shape)
+        digest.update(f"{name} {weights.dtype.str} {weights.shape}".encode())
+        digest.update(np.ascontiguousarray(weights).tobytes())
+    return digest.hexdigest()
 
 
 def write(path: Path, blob: bytes) -> None:
@@ -171,6 +174,19 @@ def _split(blob: bytes) -> tuple[bytes, int, memoryview]:
         )
     end = _PREFIX.size + packed_size
     return bytes(body[_PREFIX.size : end]), text_size, body[end:]
+
+
+def _read_header(packed: bytes, size: int) -> tuple[_Header, TrainConfig]:
+    try:
+        header = _Header.model_validate_json(CODECS["brotli"].decompress(packed, size))
+        return header, TrainConfig.model_validate(header.config)
+    except ValidationError as error:
+        fault = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(part) for part in fault["loc"][:4])
+        raise ArtifactError(
+            f"artifact: {error.error_count()} faults in its header, first {where[:200]}: "
+            f"{fault['msg'][:200]}; written by another version of the code, or damaged"
+        ) from None
 
 
 def _checked_layouts(header: _Header, max_bytes: int) -> dict[str, dict[str, ArraySpec]]:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Self
 
 from pydantic import ValidationError, model_validator
+from pydantic_core import to_json
 
 from trainer.config.base import Settings, raise_together
 from trainer.config.data import DataConfig
@@ -247,6 +248,10 @@ class TrainConfig(Settings):
         for name in tree.get("source", {}):
             tree["source"][name] = f"{name}.bin"
         return {group: settings for group, settings in tree.items() if settings}
+
+    def text_without_places(self) -> str:
+        """The same as JSON, as an artifact has it."""
+        return to_json(self.without_places()).decode()
 
     @classmethod
     def from_dict(cls, tree: Mapping[str, Any]) -> TrainConfig:

@@ -1,0 +1,177 @@
+"""Leaves of the merged program what its main program can reach: definitions, methods, fields."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+
+from trainer.flatten.fold import is_pure
+from trainer.flatten.scopes import COMPREHENSIONS, FUNCTIONS, bound_names
+
+_CALLED_BY_TORCH = {"forward", "backward", "setup_context"}
+_KEPT_BASES = {"Settings", "NamedTuple", "Exception", "ValueError", "RuntimeError"}
+
+
+def reachable(tree: ast.Module) -> ast.Module:
+    """The program without what nothing in it can reach."""
+    seen = _Reach(tree)
+    seen.run()
+    body: list[ast.stmt] = []
+    for statement in tree.body:
+        names = _defined(statement)
+        if names is None:
+            body.append(statement)
+        elif names & seen.names:
+            if isinstance(statement, ast.ClassDef):
+                statement.body = [s for s in statement.body if seen.keeps(statement, s)]
+                statement.body = statement.body or [ast.Pass()]
+            body.append(statement)
+    tree.body = body
+    _drop_unread_attributes(tree, seen.attributes)
+    return tree
+
+
+def _defined(statement: ast.stmt) -> set[str] | None:
+    """Names of a definition without effects; None for what must stay."""
+    if isinstance(statement, ast.ClassDef):
+        return {statement.name}
+    if isinstance(statement, ast.FunctionDef):
+        return {statement.name} | {
+            name for item in statement.decorator_list for name in _registered(item)
+        }
+    if isinstance(statement, ast.Expr):
+        return set(_registered(statement.value)) or None
+    if isinstance(statement, (ast.Import, ast.ImportFrom)):
+        return {(alias.asname or alias.name).split(".")[0] for alias in statement.names}
+    if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+        return {statement.target.id}
+    if isinstance(statement, ast.Assign):
+        targets = [node for target in statement.targets for node in ast.walk(target)]
+        if not any(isinstance(node, (ast.Attribute, ast.Subscript)) for node in targets):
+            return {node.id for node in targets if isinstance(node, ast.Name)}
+    return None
+
+
+def _registered(node: ast.expr) -> list[str]:
+    """The operator that `operator.register_...` is about: nothing but that needs it."""
+    function = node.func if isinstance(node, ast.Call) else node
+    if isinstance(function, ast.Attribute) and function.attr.startswith("register_"):
+        return [function.value.id] if isinstance(function.value, ast.Name) else []
+    return []
+
+
+def parts_that_run(node: ast.AST) -> Iterator[ast.AST]:
+    """The nodes of a tree, annotations left out."""
+    waiting = [node]
+    while waiting:
+        node = waiting.pop()
+        yield node
+        for field, value in ast.iter_fields(node):
+            if field in ("annotation", "returns"):
+                continue
+            children = value if isinstance(value, list) else [value]
+            waiting += [child for child in children if isinstance(child, ast.AST)]
+
+
+class _Reach:
+    def __init__(self, tree: ast.Module) -> None:
+        self.names: set[str] = set()
+        self.attributes: set[str] = set()
+        self._tree = tree
+        self._waiting: list[ast.AST] = []
+        self._held: list[tuple[ast.ClassDef, ast.stmt]] = []
+        """Methods and fields of live classes that nothing has named yet."""
+
+    def run(self) -> None:
+        definitions: list[tuple[set[str], ast.stmt]] = []
+        for statement in self._tree.body:
+            names = _defined(statement)
+            if names is None:
+                self._waiting.append(statement)
+            else:
+                definitions.append((names, statement))
+        while True:
+            while self._waiting:
+                self._read(self._waiting.pop())
+            ready = [s for names, s in definitions if names & self.names]
+            definitions = [(names, s) for names, s in definitions if not names & self.names]
+            for statement in ready:
+                self._open(statement)
+            members = [pair for pair in self._held if self.keeps(*pair)]
+            self._held = [pair for pair in self._held if not self.keeps(*pair)]
+            self._waiting += [member for _, member in members]
+            if not ready and not members:
+                return
+
+    def _open(self, statement: ast.stmt) -> None:
+        if not isinstance(statement, ast.ClassDef):
+            self._waiting.append(statement)
+            return
+        self._waiting += [*statement.bases, *statement.keywords, *statement.decorator_list]
+        self._held += [(statement, member) for member in statement.body]
+
+    def _read(self, node: ast.AST, local: frozenset[str] = frozenset()) -> None:
+        """Note the names and attributes that a piece of code reads.
+
+        Args:
+            local: names that mean something else there than at the top.
+        """
+        if isinstance(node, ast.Name):
+            self.names |= {node.id} - local if isinstance(node.ctx, ast.Load) else set()
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+            self.attributes.add(node.attr)
+        elif isinstance(node, ast.AugAssign) and isinstance(node.target, ast.Attribute):
+            self.attributes.add(node.target.attr)
+        inner = local
+        if isinstance(node, (*FUNCTIONS, *COMPREHENSIONS)):
+            inner = local | bound_names(node)
+        for field, value in ast.iter_fields(node):
+            if field in ("annotation", "returns"):
+                continue
+            names = inner if field in ("body", "elt", "key", "value", "generators") else local
+            for child in value if isinstance(value, list) else [value]:
+                if isinstance(child, ast.AST):
+                    self._read(child, names)
+
+    def keeps(self, owner: ast.ClassDef, member: ast.stmt) -> bool:
+        """Whether a member of a live class is needed."""
+        is_settings = any(isinstance(b, ast.Name) and b.id == "Settings" for b in owner.bases)
+        if isinstance(member, ast.FunctionDef):
+            name = member.name
+            is_special = name.startswith("__") and name.endswith("__")
+            return is_special or name in self.attributes or name in _CALLED_BY_TORCH
+        if is_settings and isinstance(member, ast.AnnAssign):
+            assert isinstance(member.target, ast.Name)
+            return member.target.id in self.attributes
+        return not isinstance(member, ast.Pass)
+
+
+def _drop_unread_attributes(tree: ast.Module, read: set[str]) -> None:
+    """Take away what methods put into attributes that nothing reads. Modules of torch register
+    what they are given, so theirs stay unless it is a plain value."""
+    for owner in tree.body:
+        if not isinstance(owner, ast.ClassDef):
+            continue
+        is_plain = all(isinstance(b, ast.Name) and b.id in _KEPT_BASES for b in owner.bases)
+        for function in owner.body:
+            if isinstance(function, ast.FunctionDef):
+                for node in ast.walk(function):
+                    for field in ("body", "orelse", "finalbody"):
+                        block = getattr(node, field, None)
+                        if isinstance(block, list) and block:
+                            kept = [s for s in block if not _is_unread(s, read, is_plain)]
+                            setattr(node, field, kept or ([ast.Pass()] if field == "body" else []))
+
+
+def _is_unread(statement: ast.stmt, read: set[str], is_plain: bool) -> bool:
+    if isinstance(statement, ast.Assign) and len(statement.targets) == 1:
+        target, value = statement.targets[0], statement.value
+    elif isinstance(statement, ast.AnnAssign):
+        target, value = statement.target, statement.value or ast.Constant(None)
+    else:
+        return False
+    if not (isinstance(target, ast.Attribute) and isinstance(target.value, ast.Name)):
+        return False
+    if target.value.id != "self" or target.attr in read:
+        return False
+    return isinstance(value, ast.Constant) or (is_plain and is_pure(value))
