@@ -16,7 +16,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from service.lease import is_alive, read_lease
-from service.study import frozen_trials
+from service.study import CONFIRMS, frozen_trials
 from service.tracking.outcome import FEASIBLE, REJECTED, STOPPED
 
 
@@ -82,11 +82,13 @@ class SweepStatus:
     """"pid on host" of the live driver; None = nobody works on the study."""
     ending: str | None = field(default=None)
     """Why no more trials are asked for; None while they are."""
+    confirming_seeds: int = 0
+    """COMPLETE and PRUNED trials that `caddie confirm` ran."""
 
     @property
     def told(self) -> int:
         """Trials that count towards num_trials."""
-        return self.states["COMPLETE"] + self.states["PRUNED"]
+        return self.states["COMPLETE"] + self.states["PRUNED"] - self.confirming_seeds
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON of `caddie sweep status`."""
@@ -126,6 +128,9 @@ def status_of(
         gpu_seconds=_seconds(trials, attrs.get("unit", "worker-seconds")),
         driver=f"{lease.pid} on {lease.host}" if lease is not None and alive else None,
         ending=attrs.get("ending"),
+        confirming_seeds=sum(
+            CONFIRMS in trial.user_attrs for trial in trials if trial.state in _TOLD
+        ),
     )
 
 
@@ -151,6 +156,7 @@ _STATES = (
     TrialState.RUNNING,
     TrialState.WAITING,
 )
+_TOLD = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
 def _has_ended(trial: FrozenTrial) -> bool:
