@@ -146,7 +146,7 @@ class _Question:
             if (name, int(place)) == (self._study, self._trial):
                 raise UsageError(f"--against {against}: that is the candidate itself")
             return name, int(place)
-        for row in leaderboard_rows(self._study, self._settings):
+        for row in leaderboard_rows(self._study, self._settings)[0]:
             if self._trial not in row.numbers:
                 return self._study, row.numbers[0]
         return None
