@@ -14,7 +14,17 @@ from collections.abc import Callable
 import typer
 from rich.text import Text
 
-from service.commands import catalogue, confirm, data, estimate, looking, sweep, train, trial
+from service.commands import (
+    catalogue,
+    confirm,
+    data,
+    estimate,
+    looking,
+    report,
+    sweep,
+    train,
+    trial,
+)
 from service.commands.terminal import messages
 from service.errors import SweepError, UsageError
 from trainer.errors import ConfigError, TrainerError
@@ -61,6 +71,7 @@ _add(trial_app, "show", trial.show, "caddie trial show smoke 3")
 _add(trial_app, "rerun", trial.rerun, "caddie trial rerun smoke 3")
 _add(app, "leaderboard", looking.leaderboard, "caddie leaderboard smoke --json")
 _add(app, "confirm", confirm.confirm, "caddie confirm smoke --trial 11 --seeds 5 --against smoke:0")
+_add(app, "report", report.report, "caddie report smoke --out smoke.html")
 _add(app, "ui", looking.ui, "caddie ui smoke")
 _add(app, "doctor", looking.doctor, "caddie doctor --json")
 

@@ -58,6 +58,11 @@ class WorkSeconds:
     """What was left of the training budgets of the trials that were stopped."""
     unit: str = "worker-seconds"
 
+    @property
+    def saved(self) -> float:
+        """By rejecting and by stopping."""
+        return self.saved_before_launch + self.saved_while_running
+
 
 @dataclass(frozen=True)
 class SweepStatus:
