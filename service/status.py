@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from typing import Any
 
 import optuna
@@ -18,6 +19,8 @@ from optuna.trial import FrozenTrial, TrialState
 from service.lease import is_alive, read_lease
 from service.study import CONFIRMS, frozen_trials
 from service.tracking.outcome import FEASIBLE, REJECTED, STOPPED
+
+MAX_MISFITS = 3
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,18 @@ class RunningTrial:
     train_seconds: float | None = None
     """The budget; None = no limit."""
     train_loss: float | None = None
+    verdicts: dict[str, float] = field(default_factory=dict)
+    """Filter -> share of its bound that is measured or forecast; above 1 = over it."""
+
+
+@dataclass(frozen=True)
+class Misfit:
+    """A trial that did not make it, and why."""
+
+    number: int
+    verdict: str
+    """As in service.tracking.outcome."""
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -89,6 +104,8 @@ class SweepStatus:
     """Why no more trials are asked for; None while they are."""
     confirming_seeds: int = 0
     """COMPLETE and PRUNED trials that `caddie confirm` ran."""
+    latest_misfits: list[Misfit] = field(default_factory=list)
+    """The last few trials that were rejected, stopped, infeasible or failed; newest first."""
 
     @property
     def told(self) -> int:
@@ -136,6 +153,7 @@ def status_of(
         confirming_seeds=sum(
             CONFIRMS in trial.user_attrs for trial in trials if trial.state in _TOLD
         ),
+        latest_misfits=_latest_misfits(trials),
     )
 
 
@@ -174,6 +192,19 @@ def _count(trials: Sequence[FrozenTrial], state: TrialState) -> int:
 
 def _ended_by(trial: FrozenTrial) -> str | None:
     return trial.user_attrs.get("filter") if _has_ended(trial) else None
+
+
+def _latest_misfits(trials: Sequence[FrozenTrial]) -> list[Misfit]:
+    ended = [
+        trial
+        for trial in trials
+        if _has_ended(trial) and trial.user_attrs.get("verdict", FEASIBLE) != FEASIBLE
+    ]
+    ended.sort(key=lambda trial: (trial.datetime_complete or datetime.min, trial.number))
+    return [
+        Misfit(trial.number, trial.user_attrs["verdict"], trial.user_attrs.get("reason", ""))
+        for trial in ended[: -MAX_MISFITS - 1 : -1]
+    ]
 
 
 def _stored_running(trials: Sequence[FrozenTrial]) -> list[RunningTrial]:

@@ -165,7 +165,7 @@ class _Question:
         from service.live import LiveTable
         from service.runners.base import Demand
 
-        live = LiveTable(messages())
+        live = LiveTable(messages(), self._settings.price_per_hour)
         trackers: dict[str, list[Any]] = {}
         candidate = self._side(CANDIDATE, self._study, self._trial, live, trackers)
         incumbent = self._side(INCUMBENT, *rival, live, trackers) if rival is not None else None

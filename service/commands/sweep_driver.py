@@ -106,7 +106,7 @@ def drive(plan: Plan, study: optuna.Study) -> bool:
     from service.live import LiveTable
     from service.policies import Ending
 
-    live = LiveTable(messages())
+    live = LiveTable(messages(), plan.settings.price_per_hour)
     with log_to(live), StopSignals() as signals:
         say(f"study {plan.name}: starting {plan.settings.runner}")
         scheduler = _make_scheduler(plan, study, live)
