@@ -16,10 +16,12 @@ from rich.text import Text
 
 from service.commands import (
     catalogue,
+    confirm,
     data,
     estimate,
     looking,
     package,
+    report,
     sweep,
     train,
     trial,
@@ -70,6 +72,8 @@ _add(sweep_app, "list", sweep.list_studies, "caddie sweep list")
 _add(trial_app, "show", trial.show, "caddie trial show smoke 3")
 _add(trial_app, "rerun", trial.rerun, "caddie trial rerun smoke 3")
 _add(app, "leaderboard", looking.leaderboard, "caddie leaderboard smoke --json")
+_add(app, "confirm", confirm.confirm, "caddie confirm smoke --trial 11 --seeds 5 --against smoke:0")
+_add(app, "report", report.report, "caddie report smoke --out smoke.html")
 _add(app, "package", package.package, "caddie package smoke 3 --out submission")
 _add(app, "verify", verify.verify, "caddie verify submission --data caddie-data/sp1024 --json")
 _add(app, "ui", looking.ui, "caddie ui smoke")

@@ -52,6 +52,9 @@ class ServiceSettings(Settings):
     """How long running trials may go on after the sweep was asked to stop."""
     size_limit: Annotated[float, Field(gt=0, lt=1)] = 0.6
     """A trial whose probability of exceeding the artifact cap is above this is not launched."""
+    price_per_hour: NonNegativeFloat = 0.0
+    """Money for an hour of one GPU (of one worker where there is none), in whatever currency; 0 =
+    show no money."""
     tracks: dict[str, Track] = Field(default_factory=dict)
     """The user's own tracks, beside the built-in ones."""
 

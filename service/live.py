@@ -1,12 +1,12 @@
 """What a person sees while a sweep runs: a live table on a terminal, plain lines elsewhere.
 
-Everything goes to standard error. NO_COLOR, TERM=dumb and pipes get the plain lines: one per ended
-trial (from ConsoleTracker) and a line of progress now and then.
+Everything goes to standard error. TERM=dumb and pipes get the plain lines: one per ended trial
+(from ConsoleTracker) and a line of progress now and then. NO_COLOR takes the colours away, not the
+table.
 """
 
 from __future__ import annotations
 
-import os
 import time
 from typing import Any
 
@@ -15,7 +15,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from service.status import RunningTrial, SweepStatus
+from service.status import RunningTrial, SweepStatus, WorkSeconds
 from service.tracking.outcome import FAILED, FEASIBLE, INFEASIBLE, REJECTED, STOPPED, outcome_of
 from service.tracking.settings_text import describe_settings
 from service.trial import TrialFolder, TrialSpec, Verdict
@@ -34,7 +34,7 @@ BAR_WIDTH = 12
 
 def is_interactive(console: Console) -> bool:
     """Whether a table may be redrawn in place."""
-    return console.is_terminal and not os.environ.get("NO_COLOR") and not console.is_dumb_terminal
+    return console.is_terminal and not console.is_dumb_terminal
 
 
 class LiveTable:
@@ -42,13 +42,21 @@ class LiveTable:
 
     Args:
         console: Of standard error.
+        price_per_hour: Money for an hour of one GPU or worker; 0 = money is left out.
     """
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, price_per_hour: float = 0.0) -> None:
         self._console = console
-        self._live = Live(console=console, auto_refresh=False, transient=True)
+        self._price = price_per_hour
         self._interactive = is_interactive(console)
+        if self._interactive:
+            console.soft_wrap = False  # lines longer than the terminal could not be taken back
+        self._live = self._make_live()
+        self._size = console.size
         self._last = (0.0, "")
+
+    def _make_live(self) -> Live:
+        return Live(console=self._console, auto_refresh=False, transient=True)
 
     def __enter__(self) -> LiveTable:
         if self._interactive:
@@ -61,12 +69,24 @@ class LiveTable:
     def show(self, status: SweepStatus) -> None:
         """Redraw, or print a line when there is news and the last line is old enough."""
         if self._interactive:
-            self._live.update(draw(status), refresh=True)
+            self._follow_resize()
+            self._live.update(draw(status, self._price), refresh=True)
             return
         line = progress_line(status)
         if line != self._last[1] and time.monotonic() - self._last[0] >= PLAIN_EVERY_S:
             self._last = (time.monotonic(), line)
             self._console.print(Text(line))
+
+    def _follow_resize(self) -> None:
+        """A terminal that got narrower has wrapped the old table, and nobody knows into how many
+        lines: start on a clean screen."""
+        size = self._console.size
+        if size != self._size:
+            self._size = size
+            self._live.stop()
+            self._console.clear()
+            self._live = self._make_live()
+            self._live.start()
 
     def say(self, message: str, style: str = "") -> None:
         """A line above the table; may be called from any thread."""
@@ -101,8 +121,8 @@ class ConsoleTracker:
         pass
 
 
-def draw(status: SweepStatus) -> Group:
-    """The whole picture."""
+def draw(status: SweepStatus, price_per_hour: float = 0.0) -> Group:
+    """The whole picture, what matters most on top: a low terminal cuts the end off."""
     wanted = f" of {status.num_trials}" if status.num_trials else ""
     head = Text(f"{status.study}  ", style="bold")
     head.append(
@@ -111,7 +131,7 @@ def draw(status: SweepStatus) -> Group:
         f"{status.states['FAIL']}",
         style="not bold",
     )
-    parts: list[Any] = [head, _running_table(status.running)]
+    parts: list[Any] = [head]
     if status.best is not None:
         parts.append(
             Text(
@@ -120,12 +140,30 @@ def draw(status: SweepStatus) -> Group:
                 style="green",
             )
         )
+    parts += [_running_table(status.running), Text(ledger_line(status.gpu_seconds, price_per_hour))]
     if status.ended_by:
         causes = ", ".join(f"{name} {count}" for name, count in sorted(status.ended_by.items()))
         parts.append(Text(f"over the budgets: {causes}", style="yellow"))
+    for misfit in status.latest_misfits:
+        words = f"trial {misfit.number} {misfit.verdict}: {misfit.reason}"
+        style = STYLES.get(misfit.verdict, "")
+        parts.append(Text(words, style=style, no_wrap=True, overflow="ellipsis"))
     if status.ending:
         parts.append(Text(f"ending: {status.ending}"))
     return Group(*parts)
+
+
+def ledger_line(work: WorkSeconds, price_per_hour: float = 0.0) -> str:
+    """ "GPU-hours: 1.20 spent, 3.40 saved (before launch 3.00, while running 0.40)", and money."""
+    parts = (work.spent, work.saved, work.saved_before_launch, work.saved_while_running)
+    spent, saved, before, during = (seconds / 3600 for seconds in parts)
+    line = (
+        f"{work.unit.replace('seconds', 'hours')}: {spent:.2f} spent, {saved:.2f} saved "
+        f"(before launch {before:.2f}, while running {during:.2f})"
+    )
+    if price_per_hour:
+        line += f"; money: {spent * price_per_hour:,.2f} spent, {saved * price_per_hour:,.2f} saved"
+    return line
 
 
 def progress_line(status: SweepStatus) -> str:
@@ -150,9 +188,10 @@ def forecast_steps(trial: RunningTrial) -> int | None:
 
 def _running_table(running: list[RunningTrial]) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for column in ("trial", "state", "step", "about", "loss", "clock", "settings"):
+    for column in ("trial", "state", "step", "about", "loss", "clock", "verdicts", "settings"):
         right = column in ("trial", "step", "about", "loss")
-        table.add_column(column, justify="right" if right else "left", no_wrap=column != "settings")
+        wraps = column in ("verdicts", "settings")
+        table.add_column(column, justify="right" if right else "left", no_wrap=not wraps)
     for trial in running:
         steps = forecast_steps(trial)
         again = f" (try {trial.attempt})" if trial.attempt > 1 else ""
@@ -163,9 +202,19 @@ def _running_table(running: list[RunningTrial]) -> Table:
             "-" if steps is None else str(steps),
             "-" if trial.train_loss is None else f"{trial.train_loss:.3f}",
             _clock(trial),
+            _verdicts(trial),
             describe_settings(trial.params),
         )
     return table
+
+
+def _verdicts(trial: RunningTrial) -> Text:
+    """What the filters expect, as shares of their bounds: "artifact_size 94%"."""
+    words = Text()
+    for name, share in trial.verdicts.items():
+        words.append(f"{name} {share:.0%} ", style="yellow" if share > 1 else "")
+    words.rstrip()
+    return words if words else Text("-")
 
 
 def _clock(trial: RunningTrial) -> str:

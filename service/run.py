@@ -119,6 +119,11 @@ class Run:
             elapsed_s=last.get("elapsed_s"),
             train_seconds=self.spec.config.budget.train_seconds,
             train_loss=loss if loss is not None and math.isfinite(loss) else None,
+            verdicts={
+                verdict.name: verdict.value / verdict.bound
+                for verdict in self.verdicts.values()
+                if verdict.bound > 0 and math.isfinite(verdict.value)
+            },
         )
 
 

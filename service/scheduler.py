@@ -41,6 +41,7 @@ from service.run import Run
 from service.runners.base import Demand, Runner, RunState, Update
 from service.status import RunningTrial, SweepStatus, status_of
 from service.study import (
+    CONFIRMS,
     STORAGE_FAULTS,
     forget_stop,
     frozen_trials,
@@ -136,6 +137,8 @@ class Scheduler:
         self._duplicates = Duplicates()
         self._told: set[int] = set()
         """Numbers of the COMPLETE and PRUNED trials."""
+        self._num_seeds = 0
+        """How many of them `caddie confirm` began: they count towards no sweep."""
         self._streak = Streak()
         self._ending: SweepEnding | None = None
         self._stop_by: float | None = None
@@ -225,7 +228,7 @@ class Scheduler:
 
     def _decide_ending(self) -> None:
         if self._ending is None:
-            self._ending = ending(len(self._told), self._num_trials, self._streak, self._policy)
+            self._ending = ending(self._num_told, self._num_trials, self._streak, self._policy)
 
     def _look_for_stop(self) -> None:
         now = self._clock()
@@ -254,9 +257,7 @@ class Scheduler:
     def _ask_for_more(self) -> None:
         for _ in range(self._policy.asks_per_step):
             slots = self._runner.free_slots(self._demand) - len(self._ready)
-            wanted = num_to_launch(
-                self._num_trials, len(self._told), len(self._everything()), slots
-            )
+            wanted = num_to_launch(self._num_trials, self._num_told, len(self._everything()), slots)
             full = len(self._parked) >= self._runner.total_slots(self._demand)
             if wanted == 0 or full or self._ending is not None:
                 return
@@ -388,7 +389,16 @@ class Scheduler:
         if end.state == TrialState.FAIL:
             self._duplicates.release(run.spec.config.digest(), run.number)
         else:
-            self._told.add(run.number)
+            self._note_told(run.number, run.trial.user_attrs)
+
+    @property
+    def _num_told(self) -> int:
+        return len(self._told) - self._num_seeds
+
+    def _note_told(self, number: int, attrs: Mapping[str, Any]) -> None:
+        if number not in self._told:
+            self._told.add(number)
+            self._num_seeds += CONFIRMS in attrs
 
     # --- beginnings and ends ----------------------------------------------------------------
 
@@ -397,7 +407,7 @@ class Scheduler:
         known = {run.number for run in self._everything()}
         for trial in frozen_trials(self._study):
             if trial.state in (TrialState.COMPLETE, TrialState.PRUNED):
-                self._told.add(trial.number)
+                self._note_told(trial.number, trial.user_attrs)
             if trial.state.is_finished() and trial.number not in self._remembered:
                 self._remember(trial)
         for trial in frozen_trials(self._study, TrialState.RUNNING):

@@ -10,14 +10,17 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from service.lease import is_alive, read_lease
-from service.study import frozen_trials
+from service.study import CONFIRMS, frozen_trials
 from service.tracking.outcome import FEASIBLE, REJECTED, STOPPED
+
+MAX_MISFITS = 3
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,18 @@ class RunningTrial:
     train_seconds: float | None = None
     """The budget; None = no limit."""
     train_loss: float | None = None
+    verdicts: dict[str, float] = field(default_factory=dict)
+    """Filter -> share of its bound that is measured or forecast; above 1 = over it."""
+
+
+@dataclass(frozen=True)
+class Misfit:
+    """A trial that did not make it, and why."""
+
+    number: int
+    verdict: str
+    """As in service.tracking.outcome."""
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -57,6 +72,11 @@ class WorkSeconds:
     saved_while_running: float = 0.0
     """What was left of the training budgets of the trials that were stopped."""
     unit: str = "worker-seconds"
+
+    @property
+    def saved(self) -> float:
+        """By rejecting and by stopping."""
+        return self.saved_before_launch + self.saved_while_running
 
 
 @dataclass(frozen=True)
@@ -82,11 +102,15 @@ class SweepStatus:
     """"pid on host" of the live driver; None = nobody works on the study."""
     ending: str | None = field(default=None)
     """Why no more trials are asked for; None while they are."""
+    confirming_seeds: int = 0
+    """COMPLETE and PRUNED trials that `caddie confirm` ran."""
+    latest_misfits: list[Misfit] = field(default_factory=list)
+    """The last few trials that were rejected, stopped, infeasible or failed; newest first."""
 
     @property
     def told(self) -> int:
         """Trials that count towards num_trials."""
-        return self.states["COMPLETE"] + self.states["PRUNED"]
+        return self.states["COMPLETE"] + self.states["PRUNED"] - self.confirming_seeds
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON of `caddie sweep status`."""
@@ -126,6 +150,10 @@ def status_of(
         gpu_seconds=_seconds(trials, attrs.get("unit", "worker-seconds")),
         driver=f"{lease.pid} on {lease.host}" if lease is not None and alive else None,
         ending=attrs.get("ending"),
+        confirming_seeds=sum(
+            CONFIRMS in trial.user_attrs for trial in trials if trial.state in _TOLD
+        ),
+        latest_misfits=_latest_misfits(trials),
     )
 
 
@@ -151,6 +179,7 @@ _STATES = (
     TrialState.RUNNING,
     TrialState.WAITING,
 )
+_TOLD = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
 def _has_ended(trial: FrozenTrial) -> bool:
@@ -163,6 +192,19 @@ def _count(trials: Sequence[FrozenTrial], state: TrialState) -> int:
 
 def _ended_by(trial: FrozenTrial) -> str | None:
     return trial.user_attrs.get("filter") if _has_ended(trial) else None
+
+
+def _latest_misfits(trials: Sequence[FrozenTrial]) -> list[Misfit]:
+    ended = [
+        trial
+        for trial in trials
+        if _has_ended(trial) and trial.user_attrs.get("verdict", FEASIBLE) != FEASIBLE
+    ]
+    ended.sort(key=lambda trial: (trial.datetime_complete or datetime.min, trial.number))
+    return [
+        Misfit(trial.number, trial.user_attrs["verdict"], trial.user_attrs.get("reason", ""))
+        for trial in ended[: -MAX_MISFITS - 1 : -1]
+    ]
 
 
 def _stored_running(trials: Sequence[FrozenTrial]) -> list[RunningTrial]:

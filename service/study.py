@@ -32,6 +32,9 @@ LEGACY_CONSTRAINTS = "constraints"
 FOUNDATION = ("space", "recipe", "track", "budget", "overrides", "axes")
 """Study attributes that a resumed sweep must agree with, else its trials cannot be compared."""
 STOP_ATTR = "stop_requested"
+CONFIRMS = "confirms"
+"""Attribute of trials that `caddie confirm` ran: fresh seeds, which count towards no sweep."""
+SEED_PATH = "runtime.seed"
 STARTUP_TRIALS = 10
 """Trials proposed at random before TPE models them."""
 STORAGE_FAULTS = (SQLAlchemyError, StorageInternalError)
@@ -183,6 +186,35 @@ def live_trial(study: optuna.Study, number: int) -> optuna.Trial:
     """The handle of an unfinished trial. Raises KeyError when there is no such trial."""
     trial_id = study._storage.get_trial_id_from_study_id_trial_number(study._study_id, number)
     return optuna.Trial(study, trial_id)
+
+
+def add_seed(
+    study: optuna.Study, trial: FrozenTrial, seed: int, attrs: Mapping[str, Any]
+) -> optuna.Trial:
+    """A running trial with the parameters of another one and a seed of its own.
+
+    Made in one write and never asked for, so that nothing waiting in the queue is taken for it.
+    """
+    seeds = optuna.distributions.IntDistribution(0, 2**31 - 1)
+    template = optuna.trial.create_trial(
+        state=TrialState.RUNNING,
+        params={**trial.params, SEED_PATH: seed},
+        distributions={**trial.distributions, SEED_PATH: seeds},
+        user_attrs=dict(attrs),
+    )
+    trial_id = study._storage.create_new_trial(study._study_id, template_trial=template)
+    return optuna.Trial(study, trial_id)
+
+
+def take_up(study: optuna.Study, number: int) -> optuna.Trial | None:
+    """An unfinished trial as a running one; None when another driver took it from the queue."""
+    trial = live_trial(study, number)
+    state = study._storage.get_trial(trial._trial_id).state
+    if state == TrialState.WAITING and not study._storage.set_trial_state_values(
+        trial._trial_id, TrialState.RUNNING
+    ):
+        return None
+    return trial
 
 
 def last_step(study: optuna.Study, trial: optuna.Trial) -> int:

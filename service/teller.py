@@ -64,6 +64,10 @@ class Teller:
         """The end of a proposal that its verdicts reject."""
         return self._end(run, TrialState.PRUNED, now)
 
+    def given_up(self, run: Run, why: str, now: float) -> Ending:
+        """The end of a run that nobody waits for any more; says nothing of its configuration."""
+        return self._end(run, TrialState.FAIL, now, error=why)
+
     def units(self, seconds: float) -> float:
         """Seconds of a trial in GPU-seconds, or in worker-seconds where there is no GPU."""
         return seconds * self._units

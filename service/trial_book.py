@@ -218,6 +218,13 @@ class TrialBook:
             spec, _ = self.specify(trial.number, trial.params)
             self._mirror(spec, trial.state.name, folder.read_verdicts(), folder.read_result())
 
+    def seed_of(self, number: int) -> int:
+        """The seed that a trial has, where its folder is at hand; else the recipe's."""
+        config = self.folder(number).config
+        if not config.exists():
+            return self._base.runtime.seed
+        return int(json.loads(config.read_text())["runtime"]["seed"])
+
     def read_run(self, number: int) -> tuple[TrainConfig, TrainResult] | None:
         """Configuration and result of a finished run, where its folder is at hand."""
         folder = self.folder(number)

@@ -20,6 +20,7 @@ from service.tracking.settings_text import describe_settings
 
 if TYPE_CHECKING:
     from service.reports.leaderboard import Row
+    from service.reports.seed_noise import SeedNoise
 
 StudyArgument = Annotated[str, typer.Argument(metavar="STUDY", help="See `caddie sweep list`.")]
 OutOption = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Folder of studies.")]
@@ -41,37 +42,39 @@ def leaderboard(
     from service.reports.leaderboard import as_rows
 
     settings = load_settings({"storage": storage, "out": out})
-    rows = leaderboard_rows(study, settings)
+    rows, noise = leaderboard_rows(study, settings)
     if as_json:
         return print_json(as_rows(rows))
-    show_leaderboard(rows)
+    show_leaderboard(rows, noise)
 
 
-def leaderboard_rows(study: str, settings: ServiceSettings) -> list[Row]:
-    """The leaderboard of a stored study."""
+def leaderboard_rows(study: str, settings: ServiceSettings) -> tuple[list[Row], SeedNoise]:
+    """The leaderboard of a stored study, and the noise it is shrunk by."""
     from service.reports.leaderboard import leaderboard as rank
+    from service.reports.leaderboard import noise_of
     from service.reports.study_view import view_trials
     from service.study import load_study
 
     loaded = load_study(study, settings.storage_url)
     trials = view_trials(loaded, study_dir(settings, study))
-    return rank(trials, settings.track(loaded.user_attrs["track"]).artifact_bytes)
+    track = settings.track(loaded.user_attrs["track"])
+    return rank(trials, track.artifact_bytes), noise_of(trials)
 
 
-def show_leaderboard(rows: list[Row], limit: int = 20) -> None:
+def show_leaderboard(rows: list[Row], noise: SeedNoise, limit: int = 20) -> None:
     """The table for a person."""
-    from service.reports.leaderboard import TYPICAL_SEED_SD
-
     if not rows:
         output().print("no feasible trial yet")
         return
-    numbers = ("rank", "bits per byte", "bytes", "left", "train s", "eval s", "steps", "seeds")
-    table = make_table(*numbers[:2], "95 %", *numbers[2:], "trials", "settings", right=numbers)
+    scores = ("rank", "bits per byte", "expected")
+    sizes = ("bytes", "left", "train s", "eval s", "steps", "seeds")
+    table = make_table(*scores, "95 %", *sizes, "trials", "settings", right=(*scores, *sizes))
     for row in rows[:limit]:
         interval = "-" if row.interval is None else "{:.4f} .. {:.4f}".format(*row.interval)
         table.add_row(
             str(row.rank),
             number(row.mean),
+            number(row.expected),
             interval,
             number(row.bytes_total, 0),
             number(row.bytes_left, 0),
@@ -85,11 +88,11 @@ def show_leaderboard(rows: list[Row], limit: int = 20) -> None:
     output().print(table)
     if len(rows) > limit:
         output().print(f"... and {len(rows) - limit} more; --json lists all")
-    if all(row.n == 1 for row in rows):
-        output().print(
-            "one seed each: no interval. Seeds alone move large runs by about "
-            f"{TYPICAL_SEED_SD} bits per byte (standard deviation), small ones by more"
-        )
+    lone = "one seed each: no interval. " if all(row.n == 1 for row in rows) else ""
+    output().print(
+        f"{lone}Seeds move a score by {noise}; expected: the mean, shrunk by that noise, which is "
+        "what ranks"
+    )
 
 
 def ui(

@@ -157,7 +157,7 @@ def status(
     if as_json:
         return print_json(found.to_dict())
     console = output()
-    console.print(draw(found))
+    console.print(draw(found, settings.price_per_hour))
     console.print(f"driver: {found.driver or 'nobody works on it'}")
 
 

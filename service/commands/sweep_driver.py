@@ -106,8 +106,8 @@ def drive(plan: Plan, study: optuna.Study) -> bool:
     from service.live import LiveTable
     from service.policies import Ending
 
-    live = LiveTable(messages())
-    with _log_to(live), StopSignals() as signals:
+    live = LiveTable(messages(), plan.settings.price_per_hour)
+    with log_to(live), StopSignals() as signals:
         say(f"study {plan.name}: starting {plan.settings.runner}")
         scheduler = _make_scheduler(plan, study, live)
         signals.are_heard = True
@@ -145,10 +145,10 @@ def _make_scheduler(plan: Plan, study: optuna.Study, live: LiveTable) -> Schedul
 
     settings = plan.settings
     provenance = collect(data_digest=Dataset.open(plan.overrides["data.dir"]).digest)
-    runner = _make_runner(settings)
+    runner = make_runner(settings)
     trackers: list[Tracker] = []
     try:
-        trackers = _make_trackers(plan, live)
+        trackers = trackers_of(plan.name, settings, live)
         return Scheduler(
             study,
             plan.space,
@@ -170,7 +170,8 @@ def _make_scheduler(plan: Plan, study: optuna.Study, live: LiveTable) -> Schedul
         raise
 
 
-def _make_runner(settings: ServiceSettings) -> Runner:
+def make_runner(settings: ServiceSettings) -> Runner:
+    """Where trials run; starts or joins the cluster."""
     if settings.runner == "local":
         from service.runners.local_runner import LocalRunner
 
@@ -180,20 +181,21 @@ def _make_runner(settings: ServiceSettings) -> Runner:
     return RayRunner(settings.address)
 
 
-def _make_trackers(plan: Plan, live: LiveTable) -> list[Tracker]:
+def trackers_of(study: str, settings: ServiceSettings, live: LiveTable) -> list[Tracker]:
+    """The mirrors of a study: JSON lines, the console, MLflow."""
     from service.live import ConsoleTracker
     from service.tracking.jsonl_tracker import JsonlTracker
     from service.tracking.mlflow_tracker import MlflowTracker
 
-    folder = study_dir(plan.settings, plan.name)
+    folder = study_dir(settings, study)
     return [
         JsonlTracker(folder / "trials.jsonl"),
         ConsoleTracker(live),
         MlflowTracker(
-            plan.name,
+            study,
             folder,
-            tracking_uri(plan.settings),
-            artifact_root(plan.settings),
+            tracking_uri(settings),
+            artifact_root(settings),
             warn=lambda line: live.say(line, "yellow"),
         ),
     ]
@@ -270,7 +272,7 @@ class _LiveHandler(logging.Handler):
 
 
 @contextmanager
-def _log_to(live: LiveTable) -> Iterator[None]:
+def log_to(live: LiveTable) -> Iterator[None]:
     """Warnings of the service appear above the table."""
     handler = _LiveHandler(live)
     logger = logging.getLogger("service")

@@ -24,14 +24,15 @@ def show_summary(
     name: str, study: optuna.Study, status: SweepStatus, settings: ServiceSettings
 ) -> None:
     """Print it to standard output."""
-    from service.reports.leaderboard import leaderboard
+    from service.reports.leaderboard import leaderboard, noise_of
     from service.reports.study_view import view_trials
     from service.reports.trade_picture import FILE
 
     trials = view_trials(study, study_dir(settings, name))
     console = output()
     console.print(f"\n[bold]Leaderboard of {name}[/bold]  (bits per byte of the packed artifact)")
-    show_leaderboard(leaderboard(trials, settings.track(status.track).artifact_bytes))
+    rows = leaderboard(trials, settings.track(status.track).artifact_bytes)
+    show_leaderboard(rows, noise_of(trials))
     _show_misfits([trial for trial in trials if trial.outcome.verdict not in (FEASIBLE, RUNNING)])
     console.print()
     if status.best is not None:

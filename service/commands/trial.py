@@ -70,7 +70,7 @@ def rerun(
     config = TrainConfig.from_dict(json.loads(files.config.read_text()))
     if data is not None:
         config = config.with_overrides({"data.dir": str(data.resolve())})
-    for difference in _changed_since(files, config):
+    for difference in changes_since(files, config):
         warn(difference)
     folder = to or view.folder / f"rerun-{time.strftime('%Y%m%d-%H%M%S')}"
     if (folder / "result.json").exists():
@@ -185,7 +185,7 @@ def _show(view: TrialView, document: dict[str, Any]) -> None:
     output().print(f"files: {document['paths']['folder']}")
 
 
-def _changed_since(files: TrialFolder, config: TrainConfig) -> list[str]:
+def changes_since(files: TrialFolder, config: TrainConfig) -> list[str]:
     """What is not as it was when the trial ran, in sentences."""
     if not files.provenance.exists():
         return ["the trial's provenance.json is missing: nothing says which code and data it used"]

@@ -2,6 +2,7 @@
 
 Trials that differ in their seed alone are one row. One seed proves nothing, so a row of one trial
 has no interval; from two seeds on it has a 95 % confidence interval of the mean (Student's t).
+The order is by the expected score: the mean, shrunk by what is known of seed noise.
 """
 
 from __future__ import annotations
@@ -13,11 +14,9 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from service.reports.seed_noise import SeedNoise, seed_noise, shrink
 from service.reports.study_view import TrialView
-
-SEED_PATH = "runtime.seed"
-TYPICAL_SEED_SD = 0.0007
-"""Bits per byte: pooled over published 8xH100 runs of several seeds; small models vary more."""
+from service.study import SEED_PATH
 
 
 @dataclass(frozen=True)
@@ -35,6 +34,8 @@ class Row:
     n: int
     mean: float
     """Bits per byte."""
+    expected: float
+    """Bits per byte that a new seed should give: the mean, shrunk towards the table's middle."""
     interval: list[float] | None
     """95 % confidence interval of the mean; None for one seed."""
     bytes_total: int | None
@@ -52,14 +53,31 @@ def leaderboard(trials: Iterable[TrialView], artifact_bytes: int | None) -> list
     Args:
         artifact_bytes: The cap that bytes_left is counted from; None = no cap.
     """
+    groups = _groups(trials)
+    means = [statistics.fmean(_values(group)) for group in groups]
+    noise = seed_noise([_values(group) for group in groups])
+    expected = shrink(means, [len(group) for group in groups], noise)
+    ordered = sorted(zip(expected, means, groups, strict=True), key=lambda each: each[:2])
+    return [
+        _row(rank, group, artifact_bytes, value)
+        for rank, (value, _, group) in enumerate(ordered, start=1)
+    ]
+
+
+def noise_of(trials: Iterable[TrialView]) -> SeedNoise:
+    """The seed noise that the leaderboard of these trials is shrunk by."""
+    return seed_noise([_values(group) for group in _groups(trials)])
+
+
+def _groups(trials: Iterable[TrialView]) -> list[list[TrialView]]:
+    """The feasible, measured trials of each configuration."""
     groups: dict[str, list[TrialView]] = {}
     for trial in trials:
         if trial.duplicate_of is not None:  # not another run: it would count one seed twice
             continue
         if trial.is_feasible and trial.value is not None and math.isfinite(trial.value):
             groups.setdefault(_configuration(trial), []).append(trial)
-    ordered = sorted(groups.values(), key=lambda group: statistics.fmean(_values(group)))
-    return [_row(rank, group, artifact_bytes) for rank, group in enumerate(ordered, start=1)]
+    return list(groups.values())
 
 
 def as_rows(rows: list[Row]) -> list[dict[str, Any]]:
@@ -78,7 +96,7 @@ def mean_interval(values: list[float]) -> list[float] | None:
     return [mean - half, mean + half]
 
 
-def _row(rank: int, group: list[TrialView], artifact_bytes: int | None) -> Row:
+def _row(rank: int, group: list[TrialView], artifact_bytes: int | None, expected: float) -> Row:
     group = sorted(group, key=lambda trial: (trial.value, trial.number))
     results = [trial.result for trial in group if trial.result is not None]
     sizes = [result.bytes_total for result in results if result.bytes_total is not None]
@@ -93,6 +111,7 @@ def _row(rank: int, group: list[TrialView], artifact_bytes: int | None) -> Row:
         seeds=[trial.seed for trial in group],
         n=len(group),
         mean=statistics.fmean(values),
+        expected=expected,
         interval=mean_interval(values),
         bytes_total=bytes_total,
         bytes_left=None
@@ -109,5 +128,7 @@ def _values(group: list[TrialView]) -> list[float]:
 
 
 def _configuration(trial: TrialView) -> str:
-    rest = {path: value for path, value in trial.overrides.items() if path != SEED_PATH}
+    """As the digest: neither the seed nor where data lies makes another configuration."""
+    unlike = (SEED_PATH, "data.dir")
+    rest = {path: value for path, value in trial.overrides.items() if path not in unlike}
     return json.dumps(rest, sort_keys=True)

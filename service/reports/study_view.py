@@ -48,6 +48,8 @@ class TrialView:
     """Unix seconds."""
     ended: float | None
     workers: int
+    recipe: str | None = None
+    """None where the folder is elsewhere."""
 
     @property
     def is_feasible(self) -> bool:
@@ -93,6 +95,7 @@ def view_trial(trial: FrozenTrial, study_dir: Path, common: Mapping[str, Any]) -
         started=trial.datetime_start.timestamp() if trial.datetime_start else None,
         ended=trial.datetime_complete.timestamp() if trial.datetime_complete else None,
         workers=entry.workers if entry is not None else 1,
+        recipe=entry.recipe if entry is not None else None,
     )
 
 

@@ -42,7 +42,7 @@ def write_trade(trials: Sequence[TrialView], cap: int | None, folder: Path) -> P
     Args:
         cap: The bytes that an artifact may have; None = no cap.
     """
-    points = [point for trial in trials if (point := _point(trial)) is not None]
+    points = points_of(trials)
     if len(points) < 2:
         return None
     before = {t.result.val_bpb_prequant for t in trials if t.result is not None}
@@ -50,6 +50,11 @@ def write_trade(trials: Sequence[TrialView], cap: int | None, folder: Path) -> P
     path = folder / FILE
     path.write_text(draw_trade(points, cap, unquantised, f"{folder.name}: bytes against loss"))
     return path
+
+
+def points_of(trials: Sequence[TrialView]) -> list[Point]:
+    """The measured artifacts of trials."""
+    return [point for trial in trials if (point := _point(trial)) is not None]
 
 
 def front(points: Sequence[Point]) -> list[Point]:

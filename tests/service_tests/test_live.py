@@ -8,13 +8,28 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from service.live import ConsoleTracker, LiveTable, draw, forecast_steps, is_interactive
-from service.status import BestTrial, RunningTrial, SweepStatus, WorkSeconds
+from service.live import (
+    ConsoleTracker,
+    LiveTable,
+    draw,
+    forecast_steps,
+    is_interactive,
+    ledger_line,
+)
+from service.status import BestTrial, Misfit, RunningTrial, SweepStatus, WorkSeconds
 from service.trial import TrialSpec, Verdict
 from trainer.recipes import RECIPES
 
 RUNNING = RunningTrial(
-    7, {"optim.matrix_lr": 0.031234}, "running", 2, 30, 2.0, train_seconds=8.0, train_loss=4.56789
+    7,
+    {"optim.matrix_lr": 0.031234},
+    "running",
+    2,
+    30,
+    2.0,
+    train_seconds=8.0,
+    train_loss=4.56789,
+    verdicts={"artifact_size": 0.94},
 )
 STATUS = SweepStatus(
     study="s",
@@ -28,7 +43,8 @@ STATUS = SweepStatus(
     ended_by={"artifact_size": 1, "step_time": 1},
     best=BestTrial(4, 2.34567, {"optim.matrix_lr": 0.05}),
     running=[RUNNING],
-    gpu_seconds=WorkSeconds(),
+    gpu_seconds=WorkSeconds(3600.0, 7200.0, 1800.0, "GPU-seconds"),
+    latest_misfits=[Misfit(5, "rejected before launch", "about 249,369 bytes against 200,000")],
     driver=None,
 )
 
@@ -47,10 +63,18 @@ def test_the_table_holds_what_one_wants_to_know() -> None:
     row = next(line for line in text.splitlines() if line.strip().startswith("7"))
     assert row.split() == [
         *("7", "running", "(try", "2)", "30", "120", "4.568"),
-        *("###.........", "2/8", "s", "optim.matrix_lr=0.03123"),
+        *("###.........", "2/8", "s", "artifact_size", "94%", "optim.matrix_lr=0.03123"),
     ]
     assert "best: trial 4, 2.3457 bits per byte" in text
     assert "artifact_size 1, step_time 1" in text
+    assert "GPU-hours: 1.00 spent, 2.50 saved (before launch 2.00, while running 0.50)" in text
+    assert "trial 5 rejected before launch: about 249,369 bytes against 200,000" in text
+    assert "money" not in text
+
+
+def test_money_is_shown_where_an_hour_has_a_price() -> None:
+    line = ledger_line(STATUS.gpu_seconds, price_per_hour=2.0)
+    assert line.endswith("money: 2.00 spent, 5.00 saved")
 
 
 def test_forecast_extends_the_pace_to_the_budget() -> None:
@@ -67,7 +91,7 @@ def test_a_table_is_only_redrawn_on_a_terminal_that_can(
     if variable is not None:
         monkeypatch.setenv(variable, value)
     console = Console(file=io.StringIO(), force_terminal=True)
-    assert is_interactive(console) is (variable is None)
+    assert is_interactive(console) is (variable != "TERM")
     assert not is_interactive(Console(file=io.StringIO()))
 
 
