@@ -42,6 +42,7 @@ from service.verify.verification import verify
 from service.weights_digest import weights_digest
 from trainer import artifact, checkpoint
 from trainer.compress import CODECS
+from trainer.compress.rans_classes import BLOCK_LOGS
 from trainer.config import TrainConfig
 from trainer.data import shards
 from trainer.errors import ArtifactError, DataError
@@ -237,17 +238,21 @@ def read_artifact(blob: bytes) -> str:
 def bombs() -> dict[str, bytes]:
     """For every codec a few kilobytes that become BOMB_BYTES of zeros."""
     zeros = bytes(BOMB_BYTES)
-    by_states = struct.pack("<cQH", b"R", BOMB_BYTES, 0)
     table = np.zeros(256, "<u2")
     table[0] = 1 << 14
     packed_table = brotli.compress(table.tobytes())
     by_states = struct.pack("<cQH", b"R", BOMB_BYTES, len(packed_table)) + packed_table
+    block_log = max(BLOCK_LOGS)
+    blocks = bytes(BOMB_BYTES >> block_log)
+    head = brotli.compress(blocks + table.tobytes())
+    by_classes = struct.pack("<cQBBI", b"C", BOMB_BYTES, block_log, 1, len(head)) + head
     return {
         "zlib": zlib.compress(zeros, 1),
         "brotli": brotli.compress(zeros, quality=1),
         "lzma": lzma.compress(zeros, preset=0),
         "zstd": zstandard.ZstdCompressor(level=1).compress(zeros),
         "rans": by_states + struct.pack("<I", 1 << 16) * 256,
+        "rans_classes": by_classes + struct.pack("<I", 1 << 16) * 4096,
     }
 
 

@@ -63,8 +63,7 @@ def rans_decompress(packed: bytes, size: int) -> bytes:
     _, num_symbols, table_bytes = _PREFIX.unpack_from(packed)
     if num_symbols != size:  # before memory is taken
         raise wrong_size(min(num_symbols, size + 1), size, "rans")
-    if len(packed) < LEAST_SHARE / 2 * size:  # a few bytes must not buy minutes of work
-        raise _damaged("it is too short for what it says")
+    check_share(packed, size)
     body = packed[_PREFIX.size + table_bytes :]
     table = brotli_decompress(packed[_PREFIX.size : _PREFIX.size + table_bytes], 512)
     freqs_S = np.frombuffer(table, "<u2").astype(np.uint64)
@@ -75,6 +74,12 @@ def rans_decompress(packed: bytes, size: int) -> bytes:
         raise damaged("it is cut short")
     states_L = np.frombuffer(body[: 4 * num_states], "<u4").astype(np.uint64)
     return _decode(size, freqs_S, states_L, np.frombuffer(body[4 * num_states :], "<u2"))
+
+
+def check_share(packed: bytes, size: int) -> None:
+    """A few bytes must not buy minutes of work. Raises ArtifactError."""
+    if len(packed) < LEAST_SHARE / 2 * size:
+        raise damaged("it is too short for what it says")
 
 
 RANS = Codec(rans_compress, rans_decompress)

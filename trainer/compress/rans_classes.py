@@ -31,7 +31,16 @@ from trainer.compress.codecs import (
     brotli_decompress,
     wrong_size,
 )
-from trainer.compress.rans import LOWEST, SYMBOLS_PER_STATE, TABLE_BITS, TOTAL, damaged, frequencies
+from trainer.compress.rans import (
+    LEAST_SHARE,
+    LOWEST,
+    SYMBOLS_PER_STATE,
+    TABLE_BITS,
+    TOTAL,
+    check_share,
+    damaged,
+    frequencies,
+)
 
 MAX_STATES_LOG = 9
 BLOCK_LOGS = (9, 11, 13)
@@ -66,6 +75,8 @@ class _Plan:
 def rans_classes_compress(data: bytes, level: int) -> bytes:
     symbols = np.frombuffer(data, np.uint8)
     plan = _plan(symbols) if len(data) else None
+    if plan is not None and plan.expected_bytes < LEAST_SHARE * len(data):
+        plan = None  # not noise: brotli takes it
     by_brotli = None
     if plan is None or len(data) <= SMALL_BYTES or _quick(data) < plan.expected_bytes:
         by_brotli = b"B" + brotli_compress(data, level)
@@ -88,6 +99,7 @@ def rans_classes_decompress(packed: bytes, size: int) -> bytes:
     _, num_symbols, block_log, num_classes, head_bytes = _PREFIX.unpack_from(packed)
     if num_symbols != size:  # before memory is taken
         raise wrong_size(min(num_symbols, size + 1), size, "rans_classes")
+    check_share(packed, size)
     if block_log not in BLOCK_LOGS or not 1 <= num_classes <= NUM_CLASSES[-1]:
         raise damaged("it is cut in an unknown way")
     num_blocks = -(-size // (1 << block_log))
