@@ -14,7 +14,7 @@ from collections.abc import Callable
 import typer
 from rich.text import Text
 
-from service.commands import catalogue, data, estimate, looking, sweep, train, trial
+from service.commands import catalogue, data, estimate, looking, simulate, sweep, train, trial
 from service.commands.terminal import messages
 from service.errors import SweepError, UsageError
 from trainer.errors import ConfigError, TrainerError
@@ -59,6 +59,9 @@ _add(sweep_app, "stop", sweep.stop, "caddie sweep stop smoke")
 _add(sweep_app, "list", sweep.list_studies, "caddie sweep list")
 _add(trial_app, "show", trial.show, "caddie trial show smoke 3")
 _add(trial_app, "rerun", trial.rerun, "caddie trial rerun smoke 3")
+_add(
+    app, "simulate", simulate.simulate, "caddie simulate learning_rates --nodes 64 --failures 0.01"
+)
 _add(app, "leaderboard", looking.leaderboard, "caddie leaderboard smoke --json")
 _add(app, "ui", looking.ui, "caddie ui smoke")
 _add(app, "doctor", looking.doctor, "caddie doctor --json")

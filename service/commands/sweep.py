@@ -13,7 +13,7 @@ from service.commands.looking import (
     TrackingOption,
 )
 from service.commands.sweep_driver import drive, make_plan, mirror_leftovers
-from service.commands.sweep_summary import show_summary
+from service.commands.sweep_summary import show_ledger, show_summary
 from service.commands.terminal import (
     JsonFlag,
     SetOption,
@@ -63,6 +63,16 @@ def run(
         float | None, typer.Option("--cpus-per-worker", min=0, help="CPUs of each process.")
     ] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Of the sampler.")] = None,
+    max_gpu_hours: Annotated[
+        float | None,
+        typer.Option("--max-gpu-hours", metavar="H", help="That the study's trials may hold."),
+    ] = None,
+    gpu_hour_price: Annotated[
+        float | None, typer.Option("--gpu-hour-price", min=0, metavar="P", help="For --max-cost.")
+    ] = None,
+    max_cost: Annotated[
+        float | None, typer.Option("--max-cost", metavar="C", help="As --max-gpu-hours, in money.")
+    ] = None,
     grace: Annotated[
         float | None,
         typer.Option("--grace", min=0, metavar="S", help="For running trials at Ctrl-C."),
@@ -88,6 +98,9 @@ def run(
             "cpus_per_worker": cpus,
             "seed": seed,
             "grace_seconds": grace,
+            "max_gpu_hours": max_gpu_hours,
+            "gpu_hour_price": gpu_hour_price,
+            "max_cost": max_cost,
         }
     )
     plan = make_plan(space, study, new, sets, settings, recipe)
@@ -138,6 +151,7 @@ def status(
         return print_json(found.to_dict())
     console = output()
     console.print(draw(found))
+    show_ledger(found.gpu_seconds, settings.gpu_hour_price)
     console.print(f"driver: {found.driver or 'nobody works on it'}")
 
 

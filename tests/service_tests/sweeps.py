@@ -75,6 +75,7 @@ class Sweep:
         storage_url: str | None = None,
         start_at: float = 0.0,
         trackers: Iterable[Tracker] = (),
+        max_gpu_s: float | None = None,
         **policy: Any,
     ) -> None:
         self.url = storage_url or f"sqlite:///{folder / 'caddie.db'}"
@@ -93,6 +94,7 @@ class Sweep:
             num_trials,
             folder,
             track=track,
+            max_gpu_s=max_gpu_s,
             policy=Policy(**policy),
             clock=self.runner.now,
         )
