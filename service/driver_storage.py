@@ -31,6 +31,14 @@ REFRESH_S = 10.0
 BACKENDS = ("sqlite", "postgresql")
 """Databases whose upsert is written out here; others keep Optuna's own storage."""
 
+KEYS = {
+    models.TrialParamModel: "param_name",
+    models.TrialUserAttributeModel: "key",
+    models.TrialSystemAttributeModel: "key",
+    models.TrialIntermediateValueModel: "step",
+}
+"""Table -> the column that, with trial_id, is unique."""
+
 
 class DriverStorage(_CachedStorage):
     """Use from one thread, for a study whose lease this process holds.
@@ -52,6 +60,8 @@ class DriverStorage(_CachedStorage):
         None = no lease is held."""
         self._pending: list[tuple[Any, dict[str, Any]]] | None = None
         """(table, row) of the open batch; None = there is none."""
+        self._has_looked = False
+        """Whether new trials were looked for in this batch: once is enough for an ask."""
 
     def forget(self) -> None:
         """Read everything unfinished anew: after an outage, or when others may have written."""
@@ -65,6 +75,7 @@ class DriverStorage(_CachedStorage):
             yield
             return
         self._pending = []
+        self._has_looked = False
         try:
             yield
             self._flush()
@@ -128,9 +139,10 @@ class DriverStorage(_CachedStorage):
     def set_trial_intermediate_value(
         self, trial_id: int, step: int, intermediate_value: float
     ) -> None:
-        self._flush()
-        with self._fenced():
-            super().set_trial_intermediate_value(trial_id, step, intermediate_value)
+        model = models.TrialIntermediateValueModel
+        stored, kind = model.intermediate_value_to_stored_repr(intermediate_value)
+        row = {"trial_id": trial_id, "step": step, "intermediate_value": stored}
+        self._write(model, {**row, "intermediate_value_type": kind})
         trial = self._changed(trial_id)
         if trial is not None:
             trial.intermediate_values = {**trial.intermediate_values, step: intermediate_value}
@@ -159,8 +171,9 @@ class DriverStorage(_CachedStorage):
             self._flush()
             super()._read_trials_from_remote_storage(study_id)
             self._read_at[study_id] = now
-        else:
+        elif self._pending is None or not self._has_looked:
             self._read_new(study_id)
+            self._has_looked = True
         trials = self._studies[study_id].trials
         self._newest[study_id] = max((trial._trial_id for trial in trials.values()), default=-1)
 
@@ -204,10 +217,9 @@ class DriverStorage(_CachedStorage):
         writes nothing, when one of the trials has ended."""
         if not self._pending:
             return
-        rows: dict[Any, dict[tuple[int, str], dict[str, Any]]] = {}
+        rows: dict[Any, dict[tuple[int, Any], dict[str, Any]]] = {}
         for model, row in self._pending:
-            name = row["key"] if "key" in row else row["param_name"]
-            rows.setdefault(model, {})[row["trial_id"], name] = row
+            rows.setdefault(model, {})[row["trial_id"], row[KEYS[model]]] = row
         self._pending.clear()
         with _create_scoped_session(self._backend.scoped_session) as session:
             self._check_fence(session)
@@ -255,9 +267,10 @@ class DriverStorage(_CachedStorage):
         ](model)
         if model is models.TrialParamModel:
             return insert.values(rows)
+        changing = [name for name in rows[0] if name not in ("trial_id", KEYS[model])]
         return insert.values(rows).on_conflict_do_update(
-            index_elements=[model.trial_id, model.key],
-            set_={"value_json": insert.excluded.value_json},
+            index_elements=["trial_id", KEYS[model]],
+            set_={name: insert.excluded[name] for name in changing},
         )
 
 

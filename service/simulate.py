@@ -47,7 +47,7 @@ SEED_NOISE = 0.0007
 """Bits per byte; the typical standard deviation over seeds of one published configuration."""
 SIZE_RATIO = (0.93, 0.01)
 """Mean and standard deviation of artifact bytes over raw bytes, as in published runs."""
-NUM_RECORDS = 4
+NUM_RECORDS = 3
 """Step records of a pretended trial."""
 DIVERGES_BEYOND = 0.95
 """A trial further than this from the best point, on the scale of its axes, diverges."""
