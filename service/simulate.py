@@ -206,8 +206,10 @@ class Simulation:
     def _measured(self, ended_at: float, wall_s: float) -> Simulated:
         seats, gpus = self.cluster.seats, self.cluster.num_gpus
         first = [seat for seat in seats if seat.attempt == 1]
-        full_until = max((seat.since for seat in first), default=ended_at)
         start = self.started_at
+        full_until = max((seat.since for seat in first), default=ended_at)
+        if full_until - start < self.load.trial_s:  # one wave: nothing was left to start
+            full_until = ended_at
         room = gpus * max(full_until - start, 1e-9)
         gaps = _gaps([seat for seat in seats if seat.since <= full_until], self.load.gpus_per_node)
         states = Counter(trial.state for trial in frozen_trials(self.study))

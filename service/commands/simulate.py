@@ -85,7 +85,8 @@ def simulate(
 def as_document(found: Simulated) -> dict[str, Any]:
     """The JSON of the command; the trials by state stand beside the other fields."""
     fields = asdict(found)
-    return {**fields, "trials": fields.pop("states")}
+    states = fields.pop("states")
+    return {**fields, "trials": states}
 
 
 def _space(name: str) -> Any:
