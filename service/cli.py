@@ -22,6 +22,7 @@ from service.commands import (
     looking,
     package,
     report,
+    simulate,
     sweep,
     train,
     trial,
@@ -71,6 +72,9 @@ _add(sweep_app, "stop", sweep.stop, "caddie sweep stop smoke")
 _add(sweep_app, "list", sweep.list_studies, "caddie sweep list")
 _add(trial_app, "show", trial.show, "caddie trial show smoke 3")
 _add(trial_app, "rerun", trial.rerun, "caddie trial rerun smoke 3")
+_add(
+    app, "simulate", simulate.simulate, "caddie simulate learning_rates --nodes 64 --failures 0.01"
+)
 _add(app, "leaderboard", looking.leaderboard, "caddie leaderboard smoke --json")
 _add(app, "confirm", confirm.confirm, "caddie confirm smoke --trial 11 --seeds 5 --against smoke:0")
 _add(app, "report", report.report, "caddie report smoke --out smoke.html")

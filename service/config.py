@@ -50,11 +50,15 @@ class ServiceSettings(Settings):
     """How often a trial is tried when it fails through nobody's choice."""
     grace_seconds: NonNegativeFloat = 60.0
     """How long running trials may go on after the sweep was asked to stop."""
+    max_gpu_hours: PositiveFloat | None = None
+    """GPU-hours (worker-hours without GPUs) that trials of a study may hold in all, failed attempts
+    included; no trial is started that is expected to pass them. None = no limit."""
+    gpu_hour_price: NonNegativeFloat = 0.0
+    """Of one GPU-hour, in whatever currency max_cost is in; 0 = unknown."""
+    max_cost: PositiveFloat | None = None
+    """As max_gpu_hours, in money; needs gpu_hour_price. None = no limit."""
     size_limit: Annotated[float, Field(gt=0, lt=1)] = 0.6
     """A trial whose probability of exceeding the artifact cap is above this is not launched."""
-    price_per_hour: NonNegativeFloat = 0.0
-    """Money for an hour of one GPU (of one worker where there is none), in whatever currency; 0 =
-    show no money."""
     tracks: dict[str, Track] = Field(default_factory=dict)
     """The user's own tracks, beside the built-in ones."""
 
@@ -62,6 +66,17 @@ class ServiceSettings(Settings):
     def storage_url(self) -> str:
         """The Optuna storage in use."""
         return self.storage or f"sqlite:///{self.out.absolute() / 'caddie.db'}"
+
+    @property
+    def max_gpu_s(self) -> float | None:
+        """The tighter of both budgets in GPU-seconds. Raises UsageError for a cost without a
+        price."""
+        hours = [] if self.max_gpu_hours is None else [self.max_gpu_hours]
+        if self.max_cost is not None:
+            if self.gpu_hour_price == 0:
+                raise UsageError("max_cost needs the price of a GPU-hour; give --gpu-hour-price")
+            hours.append(self.max_cost / self.gpu_hour_price)
+        return 3600 * min(hours) if hours else None
 
     def track(self, name: str) -> Track:
         """A track by name, the user's first. Raises UsageError naming the nearest."""

@@ -402,7 +402,9 @@ class Confirmation:
         if end is None:
             again = run.again()
             error = update.error or "no reason given"
-            side.book.retry(again.spec, run.trial, error, teller.units(run.trained_s))
+            side.book.retry(
+                again.spec, run.trial, error, run.units(run.lost_s), run.held(self._clock())
+            )
             self._submit(side, place[1], again)
             return
         side.book.close(run.spec, run.trial, end)
@@ -420,7 +422,7 @@ class Confirmation:
                 side.book.close(run.spec, run.trial, end)
                 self._note_end(side, place[1], frozen_trials(side.study)[run.number])
             elif self._stop in (None, Stop.REQUESTED):
-                side.book.note_spent(run.trial, teller.units(run.trained_s))
+                side.book.note_spent(run.trial, run.units(run.lost_s), run.held(self._clock()))
                 requeue(side.study, run.number)
             else:
                 self._give_up(side, run, teller)
@@ -435,7 +437,7 @@ class Confirmation:
         return next(side for side in self._sides if side.name == place[0])
 
     def _teller(self, place: tuple[str, int]) -> Teller:
-        return Teller(self._side(place).judge, self._policy, self._demand)
+        return Teller(self._side(place).judge, self._policy)
 
 
 def _lease_all(sides: Sequence[Side], clock: Callable[[], float]) -> list[DriverLease]:

@@ -1,7 +1,8 @@
 """One driver per study: a lease in the study's user attributes, renewed by a heartbeat.
 
 The lease names host, process and start of the process, so that a dead driver on this host is seen
-at once; one on another host is taken for dead when its heartbeat is old.
+at once; one on another host is taken for dead when its heartbeat is old. One that was only slow
+finds out at its next write to a trial, whose transaction looks at the lease (driver_storage).
 """
 
 from __future__ import annotations
@@ -9,12 +10,14 @@ from __future__ import annotations
 import os
 import socket
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import optuna
 import psutil
 
+from service.driver_storage import set_fence
 from service.errors import StudyBusyError
 
 LEASE_ATTR = "driver"
@@ -56,6 +59,7 @@ class DriverLease:
             raise _busy(study, holder)
         self._write()
         self._check()
+        set_fence(study, LEASE_ATTR, self._refuse)
 
     def renew(self) -> None:
         """Call often: renews when due. Raises StudyBusyError when the lease was taken over."""
@@ -70,9 +74,11 @@ class DriverLease:
             self._study.set_user_attr(LEASE_ATTR, None)
 
     def _check(self) -> None:
-        holder = read_lease(self._study)
-        if holder is not None and holder.token != self._token:
-            raise _busy(self._study, holder)
+        self._refuse(self._study.user_attrs.get(LEASE_ATTR))
+
+    def _refuse(self, fields: Mapping[str, Any] | None) -> None:
+        if fields and fields["token"] != self._token:
+            raise _busy(self._study, Lease(**fields))
 
     def _write(self) -> None:
         self._renewed = self._clock()

@@ -42,12 +42,12 @@ class LiveTable:
 
     Args:
         console: Of standard error.
-        price_per_hour: Money for an hour of one GPU or worker; 0 = money is left out.
+        gpu_hour_price: Money for an hour of one GPU or worker; 0 = money is left out.
     """
 
-    def __init__(self, console: Console, price_per_hour: float = 0.0) -> None:
+    def __init__(self, console: Console, gpu_hour_price: float = 0.0) -> None:
         self._console = console
-        self._price = price_per_hour
+        self._price = gpu_hour_price
         self._interactive = is_interactive(console)
         if self._interactive:
             console.soft_wrap = False  # lines longer than the terminal could not be taken back
@@ -121,7 +121,7 @@ class ConsoleTracker:
         pass
 
 
-def draw(status: SweepStatus, price_per_hour: float = 0.0) -> Group:
+def draw(status: SweepStatus, gpu_hour_price: float = 0.0) -> Group:
     """The whole picture, what matters most on top: a low terminal cuts the end off."""
     wanted = f" of {status.num_trials}" if status.num_trials else ""
     head = Text(f"{status.study}  ", style="bold")
@@ -140,7 +140,7 @@ def draw(status: SweepStatus, price_per_hour: float = 0.0) -> Group:
                 style="green",
             )
         )
-    parts += [_running_table(status.running), Text(ledger_line(status.gpu_seconds, price_per_hour))]
+    parts += [_running_table(status.running), Text(ledger_line(status.gpu_seconds, gpu_hour_price))]
     if status.ended_by:
         causes = ", ".join(f"{name} {count}" for name, count in sorted(status.ended_by.items()))
         parts.append(Text(f"over the budgets: {causes}", style="yellow"))
@@ -153,7 +153,7 @@ def draw(status: SweepStatus, price_per_hour: float = 0.0) -> Group:
     return Group(*parts)
 
 
-def ledger_line(work: WorkSeconds, price_per_hour: float = 0.0) -> str:
+def ledger_line(work: WorkSeconds, gpu_hour_price: float = 0.0) -> str:
     """ "GPU-hours: 1.20 spent, 3.40 saved (before launch 3.00, while running 0.40)", and money."""
     parts = (work.spent, work.saved, work.saved_before_launch, work.saved_while_running)
     spent, saved, before, during = (seconds / 3600 for seconds in parts)
@@ -161,8 +161,8 @@ def ledger_line(work: WorkSeconds, price_per_hour: float = 0.0) -> str:
         f"{work.unit.replace('seconds', 'hours')}: {spent:.2f} spent, {saved:.2f} saved "
         f"(before launch {before:.2f}, while running {during:.2f})"
     )
-    if price_per_hour:
-        line += f"; money: {spent * price_per_hour:,.2f} spent, {saved * price_per_hour:,.2f} saved"
+    if gpu_hour_price:
+        line += f"; money: {spent * gpu_hour_price:,.2f} spent, {saved * gpu_hour_price:,.2f} saved"
     return line
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -32,6 +33,10 @@ class Policy:
     """Intermediate values written to the storage for one trial, at most."""
     report_every_s: float = 2.0
     """And at least this far apart."""
+    quarantine_failures: int = 3
+    """Failed attempts on one node within quarantine_s that close it; 0 = never."""
+    quarantine_s: float = 1800.0
+    """How long a closed node takes no trial; also how far back failures count."""
 
 
 class Ending(Enum):
@@ -46,6 +51,7 @@ class Ending(Enum):
         "the last {failed} launched trials all failed: this is a defect, not bad luck; see "
         "`caddie trial show` and the train.log of a failed trial"
     )
+    BUDGET = "the budget of GPU-hours has no room for one more trial; raise --max-gpu-hours"
     REQUESTED = "the sweep was asked to stop"
 
 
@@ -106,6 +112,34 @@ def is_overdue(budget: BudgetConfig, running_s: float, policy: Policy) -> bool:
     if budget.train_seconds is None or budget.eval_seconds is None:
         return False
     return running_s > budget.train_seconds + budget.eval_seconds + policy.overhead_s
+
+
+def has_room(budget_s: float | None, held_s: float, owed_s: float, next_s: float) -> bool:
+    """Whether one more trial stays within the budget of GPU-seconds.
+
+    Args:
+        budget_s: GPU-seconds that the study's trials may hold; None = no limit.
+        held_s: What they have held so far, failed attempts included.
+        owed_s: What trials in flight are expected to hold yet.
+        next_s: What one more is expected to hold.
+    """
+    return budget_s is None or held_s + owed_s + next_s <= budget_s
+
+
+def is_quarantined(failed_at: Sequence[float], now: float, policy: Policy) -> bool:
+    """Whether a node is closed: its last few attempts failed, and not long ago.
+
+    Args:
+        failed_at: When attempts failed on this node since the last one that ended well, oldest
+            first.
+        now: By the same clock.
+        policy: The limits.
+    """
+    count = policy.quarantine_failures
+    if count == 0 or len(failed_at) < count:
+        return False
+    first, last = failed_at[-count], failed_at[-1]
+    return last - first <= policy.quarantine_s and now - last < policy.quarantine_s
 
 
 def should_report(num_reported: int, since_last_s: float, policy: Policy) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 import optuna
 from optuna.trial import TrialState
 
+from service.ledger import split_stay
 from service.runners.base import RunState, Update
 from service.status import RunningTrial
 from service.trial import TrialSpec, Verdict
@@ -24,6 +25,7 @@ class Run:
     trial: optuna.Trial
     asked_at: float = 0.0
     submitted_at: float = 0.0
+    """0 = never, by this driver."""
     verdicts: dict[str, Verdict] = field(default_factory=dict)
     """The latest of each filter."""
     state: RunState = RunState.STARTING
@@ -42,6 +44,8 @@ class Run:
     num_reported: int = 0
     reported_at: float = -math.inf
     last_reported_step: int = -1
+    phases: dict[str, float] = field(default_factory=dict)
+    """Seconds of the phases that have ended, as heard."""
 
     @property
     def number(self) -> int:
@@ -57,6 +61,10 @@ class Run:
         """Seconds of training that another attempt would have to repeat."""
         return max(0.0, self.trained_s - self.saved_s)
 
+    def units(self, seconds: float) -> float:
+        """Seconds of this trial in GPU-seconds, or in worker-seconds where there is no GPU."""
+        return seconds * self.spec.workers * (self.spec.gpus_per_worker or 1)
+
     def hear(self, update: Update) -> None:
         """Take in what a runner says."""
         self.state = update.state
@@ -70,8 +78,26 @@ class Run:
                     self.started_at = event["time"] - event["elapsed_s"]
             elif event["kind"] == "saved":
                 self.saved_s = float(event["elapsed_s"])
-            elif event["kind"] == "phase" and event["name"] == "train":
-                self.trained_until = event["time"]
+            elif event["kind"] == "phase":
+                self.phases[event["name"]] = float(event["seconds"])
+                if event["name"] == "train":
+                    self.trained_until = event["time"]
+
+    def held(self, now: float) -> float:
+        """GPU-seconds that this attempt has held its gang."""
+        return self.units(max(0.0, now - self.submitted_at)) if self.submitted_at else 0.0
+
+    def ledger(self, result: TrainResult | None, now: float) -> dict[str, float]:
+        """GPU-seconds of this attempt by word; of a run that an earlier driver submitted, what it
+        measured itself."""
+        phases = result.phases if result is not None else {**self.phases}
+        if result is None and "train" not in phases:
+            phases["train"] = self.trained_s
+        held_s = now - self.submitted_at if self.submitted_at else sum(phases.values())
+        started = self.started_at - self.submitted_at if self.started_at else None
+        known = None if not self.submitted_at else started
+        words = split_stay(max(0.0, held_s), phases, known)
+        return {word: self.units(seconds) for word, seconds in words.items()}
 
     def again(self) -> Run:
         """The next attempt of the same trial."""

@@ -23,6 +23,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from search_spaces import Space
 from search_spaces.tracks import TRACKS, Track
+from service.driver_storage import batch, forget_cache
 from service.errors import RunnerError, StorageError, StudyBusyError
 from service.filters import Filter
 from service.filters.duplicate import Duplicates
@@ -39,6 +40,7 @@ from service.policies import (
 )
 from service.run import Run
 from service.runners.base import Demand, Runner, RunState, Update
+from service.spending import Spending
 from service.status import RunningTrial, SweepStatus, status_of
 from service.study import (
     CONFIRMS,
@@ -74,6 +76,10 @@ class Scheduler:
         out_dir: Folder of studies; trial folders are out_dir/STUDY/trial-00007.
         track: Budgets in force; None = the space's own.
         overrides: Settings of every trial; they beat the track's.
+        demand_of: Workers of a trial by its number, where trials differ; `demand` is then the
+            smallest of them.
+        max_gpu_s: GPU-seconds that trials of this study may hold, all drivers together; None = no
+            limit. No trial is asked for that is expected to pass it.
         policy: Limits and periods.
         provenance: From service.provenance.collect.
         clock: Wall-clock seconds, comparable between hosts and with the runner's records.
@@ -96,6 +102,8 @@ class Scheduler:
         *,
         track: Track | None = None,
         overrides: Mapping[str, Any] | None = None,
+        demand_of: Callable[[int], Demand] | None = None,
+        max_gpu_s: float | None = None,
         policy: Policy | None = None,
         provenance: Mapping[str, Any] | None = None,
         clock: Callable[[], float] = time.time,
@@ -113,18 +121,20 @@ class Scheduler:
         self._trackers = list(trackers)
         self._judge = Judge(filters)
         self._demand = demand
+        self._demand_of = demand_of or (lambda number: demand)
         self._num_trials = num_trials
         self._policy = policy or Policy()
-        self._teller = Teller(self._judge, self._policy, demand)
+        self._teller = Teller(self._judge, self._policy)
         self._clock = clock
         self._lease = DriverLease(study, clock)
+        self._spending = Spending(study, runner, demand, track, max_gpu_s, clock)
         self._book = TrialBook(
             study=study,
             base=space.base(),
             recipe=space.recipe,
             overrides={**_budget_overrides(track.budget()), **(overrides or {})},
             study_dir=out_dir.absolute() / study.study_name,
-            demand=demand,
+            demand_of=self._demand_of,
             provenance=provenance or {},
             trackers=trackers,
             clock=clock,
@@ -189,7 +199,9 @@ class Scheduler:
         """End what runs, leaving it in the queue, and let the next driver in."""
         try:
             if not self._is_ousted:
+                self._spending.tick(self._running.values())
                 self._interrupt_all()
+                self._spending.save(now=True)
                 self._study.set_user_attr("ending", self.ending)
                 self._lease.release()
         except STORAGE_FAULTS as error:
@@ -210,8 +222,10 @@ class Scheduler:
 
     def _turn(self) -> None:
         self._lease.renew()
+        self._spending.tick(self._running.values())
         if not self._in_order:
             self._put_in_order()
+        self._spending.save()
         self._look_for_stop()
         for run in list(self._running.values()):
             self._attend(run)
@@ -261,13 +275,17 @@ class Scheduler:
             full = len(self._parked) >= self._runner.total_slots(self._demand)
             if wanted == 0 or full or self._ending is not None:
                 return
+            if not self._spending.has_room(self._everything()):
+                self._ending = SweepEnding.BUDGET
+                return
             self._ask()
             self._launch_ready()
             self._decide_ending()
 
     def _ask(self) -> None:
         asked_at = self._clock()
-        trial = self._study.ask(dict(self._space.axes))
+        with batch(self._study):
+            trial = self._study.ask(dict(self._space.axes))
         spec, fault = self._book.specify(trial.number, trial.params)
         run = Run(spec, trial, asked_at, last_reported_step=last_step(self._study, trial))
         if fault is None and self._has_owner(run):
@@ -308,12 +326,21 @@ class Scheduler:
             del self._parked[run.number]
 
     def _launch_ready(self) -> None:
-        while self._ready and self._runner.free_slots(self._demand) > 0:
-            run = self._ready.popleft()
+        """Start what fits: the largest gangs first, then the oldest trials. Small gangs fill what
+        a large one cannot use; it cannot starve, because `_ready` is short: once it is full of
+        large gangs nothing small is asked for, and nodes run empty for them."""
+        too_large: set[Demand] = set()
+        for run in sorted(self._ready, key=lambda run: -run.spec.workers):
+            demand = self._demand_of(run.number)
+            if demand in too_large or self._runner.free_slots(demand) <= 0:
+                too_large.add(demand)
+                continue
+            self._ready.remove(run)
+            self._spending.tick(self._running.values())
             run.submitted_at = self._clock()
             self._book.launch(run.spec)
             try:
-                self._runner.submit(run.spec, self._demand)
+                self._runner.submit(run.spec, demand)
             except RunnerError as error:
                 self._conclude(run, Update(RunState.FAILED, error=str(error)))
                 return
@@ -372,19 +399,22 @@ class Scheduler:
 
     def _conclude(self, run: Run, update: Update) -> None:
         """A run is over: tell the trial, or try it again."""
+        self._spending.tick(self._running.values())
         end = self._teller.ending_of(run, update, self._clock())
         if end is not None:
             self._tell(run, end)
             return
         again = run.again()
         error = update.error or "no reason given"
-        self._book.retry(again.spec, run.trial, error, self._teller.units(run.lost_s))
+        held_s = run.held(self._clock())
+        self._book.retry(again.spec, run.trial, error, run.units(run.lost_s), held_s)
         self._running.pop(run.number, None)
         self._ready.append(again)
 
     def _tell(self, run: Run, end: Ending) -> None:
         verdict = self._book.close(run.spec, run.trial, end)
         self._running.pop(run.number, None)
+        self._spending.learn(end)
         self._streak = self._streak.after(verdict)
         if end.state == TrialState.FAIL:
             self._duplicates.release(run.spec.config.digest(), run.number)
@@ -404,6 +434,7 @@ class Scheduler:
 
     def _put_in_order(self) -> None:
         """Take over what an earlier driver, or a storage outage, left; count what is told."""
+        forget_cache(self._study)
         known = {run.number for run in self._everything()}
         for trial in frozen_trials(self._study):
             if trial.state in (TrialState.COMPLETE, TrialState.PRUNED):
@@ -433,7 +464,8 @@ class Scheduler:
         if end is not None:
             self._tell(run, end)
             return
-        self._book.note_spent(run.trial, self._teller.units(run.trained_s))
+        held_s = run.held(self._clock())
+        self._book.note_spent(run.trial, run.units(run.lost_s), held_s)
         requeue(self._study, run.number)
         self._running.pop(run.number, None)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from typing import Any
@@ -17,6 +17,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from service.lease import is_alive, read_lease
+from service.ledger import LEDGER_ATTR, add_up
 from service.study import CONFIRMS, frozen_trials
 from service.tracking.outcome import FEASIBLE, REJECTED, STOPPED
 
@@ -72,6 +73,23 @@ class WorkSeconds:
     saved_while_running: float = 0.0
     """What was left of the training budgets of the trials that were stopped."""
     unit: str = "worker-seconds"
+    queue: float = 0.0
+    """From here to `wasted`: where all of it went, every GPU of the cluster, every second of the
+    drivers. Held by no trial."""
+    start: float = 0.0
+    """From submission to the trial's first own work."""
+    compile: float = 0.0
+    train: float = 0.0
+    evaluate: float = 0.0
+    pack: float = 0.0
+    teardown: float = 0.0
+    """What a stay holds beside the rest: from the last byte to the scheduler's knowing of it."""
+    wasted: float = 0.0
+    """Attempts that failed or were interrupted."""
+    running: float = 0.0
+    """Of trials that have not ended."""
+    total: float = 0.0
+    """The sum of the nine above: GPUs times wall time."""
 
     @property
     def saved(self) -> float:
@@ -147,7 +165,7 @@ def status_of(
         ended_by=dict(Counter(name for trial in trials if (name := _ended_by(trial)))),
         best=best_of(trials),
         running=_stored_running(trials) if running is None else list(running),
-        gpu_seconds=_seconds(trials, attrs.get("unit", "worker-seconds")),
+        gpu_seconds=_seconds(trials, attrs),
         driver=f"{lease.pid} on {lease.host}" if lease is not None and alive else None,
         ending=attrs.get("ending"),
         confirming_seeds=sum(
@@ -224,10 +242,12 @@ def _stored_running(trials: Sequence[FrozenTrial]) -> list[RunningTrial]:
     return rows
 
 
-def _seconds(trials: Sequence[FrozenTrial], unit: str) -> WorkSeconds:
+def _seconds(trials: Sequence[FrozenTrial], attrs: Mapping[str, Any]) -> WorkSeconds:
+    unit = attrs.get("unit", "worker-seconds")
+    ledger = add_up(attrs.get(LEDGER_ATTR), [trial.user_attrs for trial in trials])
     spent, saved = 0.0, Counter[str]()
     for trial in trials:
         spent += trial.user_attrs.get("spent_s", 0.0) + trial.user_attrs.get("spent_before_s", 0.0)
         if _has_ended(trial):
             saved[trial.user_attrs.get("verdict", "")] += trial.user_attrs.get("saved_s", 0.0)
-    return WorkSeconds(spent, float(saved[REJECTED]), float(saved[STOPPED]), unit)
+    return WorkSeconds(spent, float(saved[REJECTED]), float(saved[STOPPED]), unit, **ledger)

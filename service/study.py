@@ -23,6 +23,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from search_spaces import Space
 from search_spaces.tracks import TRACKS, Track
 from service.config import mask_passwords, nearest
+from service.driver_storage import for_driver
 from service.errors import StorageError, UsageError
 from service.trial import Verdict
 
@@ -83,7 +84,7 @@ def open_study(
         },
     }
     _make_folder(storage_url)
-    storage = open_storage(storage_url)
+    storage = for_driver(open_storage(storage_url))
     with _storage_errors(storage_url):
         study = optuna.create_study(
             study_name=name, storage=storage, direction="minimize", load_if_exists=True
@@ -132,8 +133,11 @@ def open_storage(storage_url: str) -> RDBStorage:
             connect["timeout"] = 60  # seconds to wait for another process's lock
         if url.get_backend_name() == "postgresql":
             connect["connect_timeout"] = 10
+        if url.drivername == "postgresql":  # by itself it means another client than the one we need
+            url = url.set(drivername="postgresql+psycopg2")
         return RDBStorage(
-            storage_url, engine_kwargs={"connect_args": connect, "pool_pre_ping": True}
+            url.render_as_string(hide_password=False),
+            engine_kwargs={"connect_args": connect, "pool_pre_ping": True},
         )
 
 

@@ -13,7 +13,7 @@ from service.filters.memory import out_of_memory
 from service.judge import Judge
 from service.policies import AfterFailure, Policy, after_failure
 from service.run import Run
-from service.runners.base import Demand, RunState, Update
+from service.runners.base import RunState, Update
 from service.trial import TrialFolder
 from service.trial_book import Ending, stop_verdict
 from trainer.report import TrainResult
@@ -25,13 +25,11 @@ class Teller:
     Args:
         judge: The filters.
         policy: How often a failure is tried again.
-        demand: Workers of every trial, for the account of seconds.
     """
 
-    def __init__(self, judge: Judge, policy: Policy, demand: Demand) -> None:
+    def __init__(self, judge: Judge, policy: Policy) -> None:
         self._judge = judge
         self._policy = policy
-        self._units = demand.workers * (demand.gpus_per_worker or 1)
 
     def ending_of(self, run: Run, update: Update, now: float) -> Ending | None:
         """What to tell of a run that is over; None = nothing yet, try it again."""
@@ -67,10 +65,6 @@ class Teller:
     def given_up(self, run: Run, why: str, now: float) -> Ending:
         """The end of a run that nobody waits for any more; says nothing of its configuration."""
         return self._end(run, TrialState.FAIL, now, error=why)
-
-    def units(self, seconds: float) -> float:
-        """Seconds of a trial in GPU-seconds, or in worker-seconds where there is no GPU."""
-        return seconds * self._units
 
     def _finished(self, run: Run, result: TrainResult, now: float) -> Ending | None:
         if result.status == "stopped":
@@ -112,6 +106,7 @@ class Teller:
         result: TrainResult | None = None,
         error: str | None = None,
     ) -> Ending:
+        failed, launched = state == TrialState.FAIL, bool(run.submitted_at or result)
         spent_s, saved_s = run.spent_and_saved(state, result)
         return Ending(
             state=state,
@@ -119,7 +114,10 @@ class Teller:
             result=result,
             value=result.val_bpb if result and state == TrialState.COMPLETE else None,
             error=error,
-            spent_s=self.units(spent_s),
-            saved_s=self.units(saved_s),
+            spent_s=run.units(spent_s),
+            saved_s=run.units(saved_s),
             timings=run.timings(now),
+            ledger={} if failed or not launched else run.ledger(result, now),
+            wasted_s=run.held(now) if failed else 0.0,
+            held_s=now - run.submitted_at if run.submitted_at else 0.0,
         )

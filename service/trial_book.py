@@ -18,7 +18,9 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from service.driver_storage import batch
 from service.filters.configuration import build_config
+from service.ledger import LEDGER_ATTR, WASTED_ATTR
 from service.runners.base import Demand
 from service.study import write_constraints
 from service.tracking.base import Tracker
@@ -49,6 +51,12 @@ class Ending:
     """The part of the training budget that was not used, for rejected and stopped trials."""
     timings: Mapping[str, float] = field(default_factory=dict)
     """Attribute name -> seconds."""
+    ledger: Mapping[str, float] = field(default_factory=dict)
+    """As service.ledger has it; empty for a trial that held no GPU."""
+    wasted_s: float = 0.0
+    """GPU-seconds that the last attempt held for nothing."""
+    held_s: float = 0.0
+    """Seconds that the last attempt held its gang."""
     duplicate_of: int | None = None
 
 
@@ -61,7 +69,7 @@ class TrialBook:
         recipe: Its name.
         overrides: Settings of every trial: the track's budgets, the user's.
         study_dir: Folder of the trial folders.
-        demand: Workers of every trial.
+        demand_of: Workers of a trial, by its number.
         provenance: What every provenance.json holds.
         trackers: Mirrors; one that raises is reported and never stops the sweep.
         clock: Wall-clock seconds.
@@ -74,7 +82,7 @@ class TrialBook:
         recipe: str,
         overrides: Mapping[str, Any],
         study_dir: Path,
-        demand: Demand,
+        demand_of: Callable[[int], Demand],
         provenance: Mapping[str, Any],
         trackers: Sequence[Tracker],
         clock: Callable[[], float],
@@ -84,7 +92,7 @@ class TrialBook:
         self._recipe = recipe
         self._overrides = dict(overrides)
         self._study_dir = study_dir
-        self._demand = demand
+        self._demand_of = demand_of
         self._provenance = dict(provenance)
         self._trackers = list(trackers)
         self._clock = clock
@@ -95,7 +103,7 @@ class TrialBook:
         config, fault = build_config(self._base, asked)
         overrides = config.difference(self._base) if fault is None else asked
         folder = self.folder(number).path
-        demand = self._demand
+        demand = self._demand_of(number)
         spec = TrialSpec(
             study=self._study.study_name,
             number=number,
@@ -127,17 +135,25 @@ class TrialBook:
         for verdict in verdicts:
             if verdict.predicted:
                 attrs[f"predicted.{verdict.name}"] = verdict.value
-        _set_attrs(trial, attrs)
+        with batch(self._study):
+            _set_attrs(trial, attrs)
         self._notify(lambda tracker: tracker.trial_started(spec))
 
-    def retry(self, spec: TrialSpec, trial: optuna.Trial, error: str, spent_s: float) -> None:
+    def retry(
+        self,
+        spec: TrialSpec,
+        trial: optuna.Trial,
+        error: str,
+        spent_s: float,
+        held_s: float = 0.0,
+    ) -> None:
         """Before another attempt of a failed run; keeps the failed attempt's log."""
         folder = TrialFolder(spec.folder)
         failed = spec.attempt - 1
         if folder.log.exists():
             folder.log.replace(spec.folder / f"train.attempt-{failed}.log")
         folder.clear_run()
-        self.note_spent(trial, spent_s)
+        self.note_spent(trial, spent_s, held_s)
         error = error[-MAX_ERROR_CHARS:]
         _set_attrs(trial, {"attempt": spec.attempt, f"error.attempt-{failed}": error})
         self._notify(lambda tracker: tracker.trial_started(spec))
@@ -146,8 +162,11 @@ class TrialBook:
         """At submission: from now on the trial counts as launched, whatever becomes of it."""
         TrialFolder(spec.folder).metrics.touch()
 
-    def note_spent(self, trial: optuna.Trial, spent_s: float) -> None:
-        """Account for training that led to no end: a failed or an interrupted attempt."""
+    def note_spent(self, trial: optuna.Trial, spent_s: float, held_s: float = 0.0) -> None:
+        """Account for an attempt that led to no end: its training, and how long it held GPUs."""
+        if held_s > 0:
+            before = trial.user_attrs.get(WASTED_ATTR, 0.0)
+            _set_attrs(trial, {WASTED_ATTR: before + held_s})
         if spent_s > 0:
             before = trial.user_attrs.get("spent_before_s", 0.0)
             _set_attrs(trial, {"spent_before_s": before + spent_s})
@@ -184,6 +203,10 @@ class TrialBook:
         attrs: dict[str, Any] = {"verdict": outcome.verdict, "reason": reason}
         attrs |= _result_attrs(ending.result)
         attrs |= {"spent_s": ending.spent_s, "saved_s": ending.saved_s, **ending.timings}
+        if ending.ledger:
+            attrs[LEDGER_ATTR] = dict(ending.ledger)
+        if ending.wasted_s:
+            attrs[WASTED_ATTR] = trial.user_attrs.get(WASTED_ATTR, 0.0) + ending.wasted_s
         broken = [verdict.name for verdict in verdicts if not verdict.ok]
         if broken:
             attrs["filter"] = broken[0]
@@ -191,9 +214,10 @@ class TrialBook:
             attrs["error"] = ending.error[-MAX_ERROR_CHARS:]
         if ending.duplicate_of is not None:
             attrs["duplicate_of"] = ending.duplicate_of
-        _set_attrs(trial, attrs)
-        if ending.state != TrialState.FAIL:
-            write_constraints(self._study, trial, verdicts)
+        with batch(self._study):
+            _set_attrs(trial, attrs)
+            if ending.state != TrialState.FAIL:
+                write_constraints(self._study, trial, verdicts)
         self._study.tell(trial, ending.value, ending.state)
 
     def copy_end(self, spec: TrialSpec, earlier: FrozenTrial) -> Ending:

@@ -165,7 +165,7 @@ class _Question:
         from service.live import LiveTable
         from service.runners.base import Demand
 
-        live = LiveTable(messages(), self._settings.price_per_hour)
+        live = LiveTable(messages(), self._settings.gpu_hour_price)
         trackers: dict[str, list[Any]] = {}
         candidate = self._side(CANDIDATE, self._study, self._trial, live, trackers)
         incumbent = self._side(INCUMBENT, *rival, live, trackers) if rival is not None else None
@@ -221,13 +221,14 @@ class _Question:
         recipe = loaded.user_attrs["recipe"]
         base = RECIPES[recipe].build()
         given = {SEED_PATH, *frozen.params}
+        demand = Demand(*self._workers)
         book = TrialBook(
             study=loaded,
             base=base,
             recipe=recipe,
             overrides={k: v for k, v in config.difference(base).items() if k not in given},
             study_dir=study_dir(settings, study),
-            demand=Demand(*self._workers),
+            demand_of=lambda _: demand,
             provenance=collect(data_digest=digest),
             trackers=trackers[study],
             clock=time.time,

@@ -45,7 +45,7 @@ def report(
     cap = {**attrs.get("budget", {})}.get("artifact_bytes")
     cap = attrs.get("overrides", {}).get("budget.artifact_bytes", cap)
     trials = view_trials(loaded, study_dir(settings, study))
-    page = draw_page(loaded, trials, status_of(loaded), cap, settings.price_per_hour)
+    page = draw_page(loaded, trials, status_of(loaded), cap, settings.gpu_hour_price)
     to.parent.mkdir(parents=True, exist_ok=True)
     partial = to.with_name(to.name + ".partial")
     try:

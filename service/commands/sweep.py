@@ -13,7 +13,7 @@ from service.commands.looking import (
     TrackingOption,
 )
 from service.commands.sweep_driver import Plan, drive, make_plan, mirror_leftovers
-from service.commands.sweep_summary import show_summary
+from service.commands.sweep_summary import show_ledger, show_summary
 from service.commands.terminal import (
     JsonFlag,
     SetOption,
@@ -59,6 +59,16 @@ CpusOption = Annotated[
     float | None, typer.Option("--cpus-per-worker", min=0, help="CPUs of each process.")
 ]
 SeedOption = Annotated[int | None, typer.Option("--seed", help="Of the sampler.")]
+MaxHoursOption = Annotated[
+    float | None,
+    typer.Option("--max-gpu-hours", metavar="H", help="That the study's trials may hold."),
+]
+PriceOption = Annotated[
+    float | None, typer.Option("--gpu-hour-price", min=0, metavar="P", help="For --max-cost.")
+]
+MaxCostOption = Annotated[
+    float | None, typer.Option("--max-cost", metavar="C", help="As --max-gpu-hours, in money.")
+]
 GraceOption = Annotated[
     float | None, typer.Option("--grace", min=0, metavar="S", help="For running trials at Ctrl-C.")
 ]
@@ -81,6 +91,9 @@ def run(
     gpus: GpusOption = None,
     cpus: CpusOption = None,
     seed: SeedOption = None,
+    max_gpu_hours: MaxHoursOption = None,
+    gpu_hour_price: PriceOption = None,
+    max_cost: MaxCostOption = None,
     grace: GraceOption = None,
     as_json: JsonFlag = False,
 ) -> None:
@@ -103,6 +116,9 @@ def run(
             "cpus_per_worker": cpus,
             "seed": seed,
             "grace_seconds": grace,
+            "max_gpu_hours": max_gpu_hours,
+            "gpu_hour_price": gpu_hour_price,
+            "max_cost": max_cost,
         }
     )
     plan = make_plan(space, study, new, sets, settings, recipe)
@@ -157,7 +173,8 @@ def status(
     if as_json:
         return print_json(found.to_dict())
     console = output()
-    console.print(draw(found, settings.price_per_hour))
+    console.print(draw(found, settings.gpu_hour_price))
+    show_ledger(found.gpu_seconds, settings.gpu_hour_price)
     console.print(f"driver: {found.driver or 'nobody works on it'}")
 
 

@@ -85,6 +85,7 @@ def make_plan(
     config = base.with_overrides({**budget, **overrides})
     if "data.dir" not in overrides:
         overrides["data.dir"] = str(data_for(config, settings.data, chosen.recipe))
+    _ = settings.max_gpu_s  # refuses a cost without a price
     name = study or own_name
     if "/" in name or name in ("", ".", ".."):
         raise UsageError(f"--study {name!r}: cannot be the name of a folder; leave out slashes")
@@ -106,7 +107,7 @@ def drive(plan: Plan, study: optuna.Study) -> bool:
     from service.live import LiveTable
     from service.policies import Ending
 
-    live = LiveTable(messages(), plan.settings.price_per_hour)
+    live = LiveTable(messages(), plan.settings.gpu_hour_price)
     with log_to(live), StopSignals() as signals:
         say(f"study {plan.name}: starting {plan.settings.runner}")
         scheduler = _make_scheduler(plan, study, live)
@@ -118,7 +119,7 @@ def drive(plan: Plan, study: optuna.Study) -> bool:
                 draw_picture(plan, study)
         finally:
             scheduler.close()
-    fine = (Ending.ENOUGH.value, Ending.REQUESTED.value)
+    fine = (Ending.ENOUGH.value, Ending.REQUESTED.value, Ending.BUDGET.value)
     if scheduler.ending is not None and scheduler.ending not in fine:
         live.say(f"error: {scheduler.ending}", "red")
         return False
@@ -160,6 +161,7 @@ def _make_scheduler(plan: Plan, study: optuna.Study, live: LiveTable) -> Schedul
             settings.out,
             track=plan.track,
             overrides=plan.overrides,
+            max_gpu_s=settings.max_gpu_s,
             policy=Policy(max_attempts=settings.max_attempts),
             provenance=provenance,
         )

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import optuna
 
     from service.reports.study_view import TrialView
-    from service.status import SweepStatus
+    from service.status import SweepStatus, WorkSeconds
 
 MAX_REASONS = 15
 
@@ -47,6 +47,7 @@ def show_summary(
         f"{spent.saved_before_launch:,.0f} by rejecting before launch and "
         f"{spent.saved_while_running:,.0f} by stopping early"
     )
+    show_ledger(spent, settings.gpu_hour_price)
     unfinished = status.states["RUNNING"] + status.states["WAITING"]
     if status.num_trials is not None and status.told < status.num_trials:
         console.print(
@@ -61,6 +62,24 @@ def show_summary(
     console.print(f"  caddie ui {name}{elsewhere}")
     shown = status.best.number if status.best is not None else 0
     console.print(f"  caddie trial show {name} {shown}{elsewhere}")
+
+
+def show_ledger(seconds: WorkSeconds, price: float = 0.0) -> None:
+    """Where all of it went, in shares, and what trials cost."""
+    from service.ledger import WORDS
+
+    if seconds.total <= 0:
+        return
+    shares = (
+        f"{word} {getattr(seconds, word) / seconds.total:.0%}" for word in (*WORDS, "running")
+    )
+    held = seconds.total - seconds.queue
+    cost = f", {held / 3600 * price:,.2f} at {price:g} an hour" if price else ""
+    console = output()
+    console.print(
+        f"{seconds.unit} in all: {seconds.total:,.0f}, of which trials held {held:,.0f}{cost}: "
+        + ", ".join(shares)
+    )
 
 
 def _show_misfits(misfits: list[TrialView]) -> None:

@@ -30,6 +30,8 @@ class FakeRun:
     """From the last step to the result: quantise, pack, evaluate."""
     eval_s: float = 1.0
     """Reported as the evaluation's seconds."""
+    compile_s: float = 0.0
+    """The part of start_s that is reported as priming."""
     num_records: int = 20
     """Step records over the whole run."""
     loss: Callable[[float], float] = lambda progress: 6.0 - 3.0 * progress
@@ -102,6 +104,9 @@ class FakeRunner:
         run = self._script(spec)
         if run.cannot_be_placed or self.free_slots(demand) <= 0:
             raise RunnerError(f"trial {spec.key} cannot be placed; free some slots")
+        self._start(spec, run)
+
+    def _start(self, spec: TrialSpec, run: FakeRun) -> None:
         self._submitted[spec.number] = _Submitted(spec, run, self.now())
 
     def poll(self, number: int) -> Update:
@@ -143,8 +148,9 @@ class FakeRunner:
             progress = (index + 1) / run.num_records
             events.append(plain(_step_record(trial, progress)))
         trial.told = max(trial.told, due)
-        with TrialFolder(trial.spec.folder).metrics.open("a") as file:
-            file.writelines(json.dumps(event) + "\n" for event in events)
+        if events:
+            with TrialFolder(trial.spec.folder).metrics.open("a") as file:
+                file.writelines(json.dumps(event) + "\n" for event in events)
         return events
 
     def _result(
@@ -191,7 +197,7 @@ def _train_result(trial: _Submitted, stopped: str | None) -> TrainResult:
         num_params=count_parameters(config.model),
         world_size=trial.spec.workers,
         device="fake",
-        phases={"train": min(trained, run.train_s)},
+        phases=_phases(run, min(trained, run.train_s)),
         step_ms=1000 * run.step_s,
         train_loss=loss,
     )
@@ -199,10 +205,19 @@ def _train_result(trial: _Submitted, stopped: str | None) -> TrainResult:
         return common
     return common.model_copy(
         update={
-            "phases": {**common.phases, "evaluate": run.eval_s},
+            "phases": {
+                **common.phases,
+                "pack": max(0.0, run.finish_s - run.eval_s),
+                "evaluate": run.eval_s,
+            },
             "val_loss": run.val_bpb,
             "val_bpb": run.val_bpb,
             "bytes_code": run.bytes_code,
             "bytes_model": run.bytes_model,
         }
     )
+
+
+def _phases(run: FakeRun, trained: float) -> dict[str, float]:
+    primed = {"prime": run.compile_s} if run.compile_s else {}
+    return {**primed, "train": trained}

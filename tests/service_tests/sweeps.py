@@ -77,6 +77,7 @@ class Sweep:
         storage_url: str | None = None,
         start_at: float = 0.0,
         trackers: Iterable[Tracker] = (),
+        max_gpu_s: float | None = None,
         **policy: Any,
     ) -> None:
         self.url = storage_url or f"sqlite:///{folder / 'caddie.db'}"
@@ -95,6 +96,7 @@ class Sweep:
             num_trials,
             folder,
             track=track,
+            max_gpu_s=max_gpu_s,
             policy=Policy(**policy),
             clock=self.runner.now,
         )

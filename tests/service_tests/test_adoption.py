@@ -16,6 +16,7 @@ import optuna
 import pytest
 from optuna.storages._cached_storage import _CachedStorage
 
+from service.driver_storage import DriverStorage
 from service.lease import LEASE_ATTR, Lease, read_lease
 from service.runners.fake_runner import FakeRun, FakeRunner
 from service.trial import TrialFolder, TrialSpec
@@ -73,7 +74,8 @@ def assert_whole(sweep: Sweep, drivers: list[Sweep]) -> None:
 
 POINTS: list[tuple[Any, str]] = [
     (_CachedStorage, "create_new_trial"),
-    (_CachedStorage, "set_trial_param"),
+    (DriverStorage, "set_trial_param"),
+    (DriverStorage, "_flush"),
     (optuna.Study, "ask"),
     (TrialBook, "open"),
     (TrialBook, "launch"),

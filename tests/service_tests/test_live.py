@@ -73,7 +73,7 @@ def test_the_table_holds_what_one_wants_to_know() -> None:
 
 
 def test_money_is_shown_where_an_hour_has_a_price() -> None:
-    line = ledger_line(STATUS.gpu_seconds, price_per_hour=2.0)
+    line = ledger_line(STATUS.gpu_seconds, gpu_hour_price=2.0)
     assert line.endswith("money: 2.00 spent, 5.00 saved")
 
 

@@ -10,6 +10,7 @@ from service.policies import (
     after_failure,
     ending,
     is_overdue,
+    is_quarantined,
     num_to_launch,
     should_report,
 )
@@ -76,3 +77,26 @@ def test_should_report() -> None:
     assert should_report(0, float("inf"), POLICY)
     assert not should_report(0, POLICY.report_every_s / 2, POLICY)
     assert not should_report(POLICY.reports_per_trial, 1e9, POLICY)
+
+
+@pytest.mark.parametrize(
+    ("failed_at", "now", "expected"),
+    [
+        ([], 0, False),
+        ([10, 20], 21, False),
+        ([10, 20, 30], 31, True),
+        ([10, 20, 30], 129, True),
+        ([10, 20, 30], 130, False),
+        ([10, 20, 130], 131, False),
+        ([10, 20, 130, 140, 150], 151, True),
+    ],
+)
+def test_a_node_is_quarantined_after_failures_in_a_row_for_a_while(
+    failed_at: list[float], now: float, expected: bool
+) -> None:
+    policy = Policy(quarantine_failures=3, quarantine_s=100)
+    assert is_quarantined(failed_at, now, policy) is expected
+
+
+def test_quarantine_can_be_switched_off() -> None:
+    assert not is_quarantined([1.0] * 99, 2.0, Policy(quarantine_failures=0))

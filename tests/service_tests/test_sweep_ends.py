@@ -169,3 +169,39 @@ def test_closing_twice_is_harmless(tmp_path: Path) -> None:
     sweep.scheduler.close()
     sweep.scheduler.close()
     assert "RUNNING" not in sweep.states()
+
+
+@pytest.mark.parametrize("point", ["tell", "ask", "report"])
+def test_a_driver_that_was_only_slow_writes_no_trial_of_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: str
+) -> None:
+    """Between its look at the lease and its write the driver sleeps, and another takes over."""
+    slow = Sweep(tmp_path, by_depth, space=plain_space(3, 4), num_trials=4, slots=1)
+    owner, name = {
+        "tell": (optuna.Study, "tell"),
+        "ask": (optuna.Study, "ask"),
+        "report": (optuna.Trial, "report"),
+    }[point]
+    real = getattr(owner, name)
+    others: list[Sweep] = []
+
+    def sleeps(*arguments: Any, **options: Any) -> Any:
+        if not others:
+            lease = slow.study.user_attrs["driver"]
+            slow.study.set_user_attr("driver", {**lease, "host": "elsewhere", "heartbeat": 0.0})
+            others.append(
+                Sweep(tmp_path, by_depth, space=plain_space(3, 4), num_trials=4, start_at=500)
+            )
+        return real(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, sleeps)
+        with pytest.raises(StudyBusyError, match="is being driven by"):
+            slow.run()
+    before = len(slow.trials())
+    slow.scheduler.close()
+    assert len(slow.trials()) == before
+    assert all(not trial.state.is_finished() for trial in slow.trials())
+    others[0].run()
+    assert others[0].states() == ["COMPLETE"] * 4 or "RUNNING" not in others[0].states()
+    assert others[0].scheduler.status().told == 4

@@ -46,7 +46,7 @@ def draw_page(
     trials: Sequence[TrialView],
     status: SweepStatus,
     cap: int | None,
-    price_per_hour: float = 0.0,
+    gpu_hour_price: float = 0.0,
 ) -> str:
     """The whole page.
 
@@ -55,7 +55,7 @@ def draw_page(
         trials: All of its trials.
         status: Its snapshot.
         cap: Bytes that an artifact may have; None = no cap.
-        price_per_hour: Money for an hour of one GPU or worker; 0 = money is left out.
+        gpu_hour_price: Money for an hour of one GPU or worker; 0 = money is left out.
     """
     rows = leaderboard(trials, cap)
     best = trials[rows[0].numbers[0]] if rows else None
@@ -68,7 +68,7 @@ def draw_page(
         status=status,
         recipe=study.user_attrs.get("recipe", "?"),
         made=time.strftime("%Y-%m-%d %H:%M %Z"),
-        facts=_facts(status, rows, price_per_hour),
+        facts=_facts(status, rows, gpu_hour_price),
         board_columns=_columns(
             *("rank", "bits per byte", "expected", "95 % interval", "bytes", "bytes left"),
             *("train s", "eval s", "steps", "seeds", "trials", "settings"),
@@ -102,12 +102,12 @@ def draw_page(
             "",
             status.gpu_seconds.unit,
             "hours",
-            *(["money"] if price_per_hour else []),
+            *(["money"] if gpu_hour_price else []),
             words=("",),
         ),
-        ledger=_ledger(study, status.gpu_seconds, price_per_hour),
-        price_note=f"at {price_per_hour:g} an hour (price_per_hour of caddie.toml)"
-        if price_per_hour
+        ledger=_ledger(study, status.gpu_seconds, gpu_hour_price),
+        price_note=f"at {gpu_hour_price:g} an hour (gpu_hour_price of caddie.toml)"
+        if gpu_hour_price
         else "",
         replay=_replay(study.study_name, best) if best is not None else "",
         replay_note=_provenance(best) if best is not None else "",
@@ -121,7 +121,7 @@ def _columns(*names: str, words: Sequence[str]) -> list[tuple[str, bool]]:
 
 
 def _facts(
-    status: SweepStatus, rows: Sequence[Row], price_per_hour: float
+    status: SweepStatus, rows: Sequence[Row], gpu_hour_price: float
 ) -> list[tuple[str, str]]:
     work = status.gpu_seconds
     facts = [
@@ -133,8 +133,8 @@ def _facts(
         (f"{work.spent / SECONDS_PER_HOUR:.2f}", work.unit.replace("seconds", "hours") + " spent"),
         (f"{work.saved / SECONDS_PER_HOUR:.2f}", "saved"),
     ]
-    if price_per_hour:
-        facts.append((f"{work.spent / SECONDS_PER_HOUR * price_per_hour:,.2f}", "money spent"))
+    if gpu_hour_price:
+        facts.append((f"{work.spent / SECONDS_PER_HOUR * gpu_hour_price:,.2f}", "money spent"))
     return facts
 
 
@@ -247,7 +247,7 @@ def _misfits(study: optuna.Study, trials: Sequence[TrialView]) -> Table:
     return rows
 
 
-def _ledger(study: optuna.Study, work: WorkSeconds, price_per_hour: float) -> Table:
+def _ledger(study: optuna.Study, work: WorkSeconds, gpu_hour_price: float) -> Table:
     """Where the work went, and what each filter saved."""
     saved: dict[str, float] = defaultdict(float)
     for trial in frozen_trials(study):
@@ -261,7 +261,7 @@ def _ledger(study: optuna.Study, work: WorkSeconds, price_per_hour: float) -> Ta
     lines += [(f"of which by {name}", seconds) for name, seconds in sorted(saved.items())]
     return [
         [name, _number(seconds, 0), _number(seconds / SECONDS_PER_HOUR, 3)]
-        + ([_number(seconds / SECONDS_PER_HOUR * price_per_hour, 2)] if price_per_hour else [])
+        + ([_number(seconds / SECONDS_PER_HOUR * gpu_hour_price, 2)] if gpu_hour_price else [])
         for name, seconds in lines
     ]
 
