@@ -7,6 +7,7 @@ finds out at its next write to a trial, whose transaction looks at the lease (dr
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import uuid
@@ -67,6 +68,10 @@ class DriverLease:
             self._check()
             self._write()
 
+    def expire(self) -> None:
+        """Renew at the next chance: a storage that was away must answer before work goes on."""
+        self._renewed = -math.inf
+
     def release(self) -> None:
         """Let the next driver in; nothing happens when the lease is no longer ours."""
         holder = read_lease(self._study)
@@ -81,11 +86,11 @@ class DriverLease:
             raise _busy(self._study, Lease(**fields))
 
     def _write(self) -> None:
-        self._renewed = self._clock()
-        pid = os.getpid()
+        now, pid = self._clock(), os.getpid()
         started = psutil.Process(pid).create_time()
-        lease = Lease(self._token, socket.gethostname(), pid, started, self._renewed)
+        lease = Lease(self._token, socket.gethostname(), pid, started, now)
         self._study.set_user_attr(LEASE_ATTR, asdict(lease))
+        self._renewed = now
 
 
 def read_lease(study: optuna.Study) -> Lease | None:

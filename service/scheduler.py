@@ -256,6 +256,7 @@ class Scheduler:
     def _wait_for_storage(self, error: Exception) -> None:
         now = self._clock()
         self._in_order = False
+        self._lease.expire()
         if self._storage_away_since is None:
             self._storage_away_since = now
             logger.warning("the storage does not answer (%s); trying again", error)

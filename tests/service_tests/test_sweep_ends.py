@@ -105,7 +105,7 @@ def test_a_storage_that_stays_away_ends_the_sweep_with_a_remedy(
 
     sweep.steps(2)
     with monkeypatch.context() as patch:
-        patch.setattr("service.lease.read_lease", gone)
+        patch.setattr("service.lease.DriverLease._write", gone)
         patch.setattr("service.scheduler.stop_grace", gone)
         with pytest.raises(StorageError, match="has not answered for 20 s; run the same command"):
             sweep.run()
