@@ -38,7 +38,7 @@ class FakeRun:
     """Training loss in nats at a share of train_s."""
     val_bpb: float | None = 2.0
     bytes_code: int = 40_000
-    bytes_model: int = 100_000
+    bytes_model: int = 80_000
     fails_at_s: float | None = None
     """Seconds after submission at which the run ends with `error`; None = it does not."""
     error: str = "ValueError: a defect"

@@ -168,8 +168,7 @@ class RayTrial:
                 self._final = self._finish()
             except Exception as error:
                 self._final = self._fail(f"{type(error).__name__}: {error}", RunState.FAILED, [])
-        if not self._may_go_on():
-            shutil.rmtree(self._storage, ignore_errors=True)
+        self._drop_storage()
         self._kill_at = time.monotonic() + EXIT_GRACE_S
         self.settled = True
 
@@ -178,9 +177,14 @@ class RayTrial:
         finished = self._final is not None and self._final.state is RunState.FINISHED
         return self.spec.config.runtime.checkpoint_seconds > 0 and not finished
 
+    def _drop_storage(self) -> None:
+        if not self._may_go_on():
+            shutil.rmtree(self._storage, ignore_errors=True)
+
     def is_gone(self) -> bool:
         """Whether its processes on this machine have ended; they are killed when they take too
         long. Some controllers hang in their exit, unnoticed by Ray, and keep their memory."""
+        self._drop_storage()  # again: a controller may have written there since
         left = [name for name in self._processes_here if name and is_alive(name)]
         if left and time.monotonic() > self._kill_at:
             kill([psutil.Process(pid_of(name)) for name in left])

@@ -61,7 +61,7 @@ def assert_whole(sweep: Sweep, drivers: list[Sweep]) -> None:
         if trial.state.name == "COMPLETE":
             depth = trial.params["model.num_layers"]
             assert trial.value == pytest.approx(3.0 - 0.1 * depth)
-            assert trial.constraints["artifact_size"] == -60_000
+            assert trial.constraints["artifact_size"] == -80_000
     depths = [trial.params["model.num_layers"] for trial in trials]
     assert depths[:4] == [3, 8, 4, 5]
     assert trials[1].user_attrs["filter"] == "artifact_size"

@@ -92,7 +92,7 @@ class Bench:
                 recipe=SMOKE.recipe,
                 overrides={f"budget.{k}": v for k, v in TRACK.budget().model_dump().items()},
                 study_dir=self.folder / "s",
-                demand=Demand(workers=2),
+                demand_of=lambda _: Demand(workers=2),
                 provenance={},
                 trackers=[],
                 clock=self.runner.now,

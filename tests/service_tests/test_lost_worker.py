@@ -16,7 +16,7 @@ from service.runners.base import Demand, RunState, Update
 from service.runners.local_runner import LocalRunner, processes_with
 from service.runners.ray_cluster import connect
 from service.runners.ray_runner import RayRunner
-from tests.service_tests.runner_trials import Ended, make_spec, poll_to_end, run_to_end
+from tests.service_tests.runner_trials import Ended, make_spec, poll_to_end, run_to_end, wait_until
 from tests.trainer_tests.small_data import VOCAB_SIZE, random_tokens, write_folder
 from trainer.resume import FILE
 
@@ -117,7 +117,7 @@ def test_a_killed_worker_on_ray(tmp_path: Path) -> None:
         again = run_to_end(runner, replace(lost, attempt=2), demand)
         check_same_end(whole, again)
         check_clock(again)
-        assert not (lost.folder / "ray").exists()
+        wait_until(lambda: not (lost.folder / "ray").exists())
     finally:
         runner.close()
         connection.disconnect()

@@ -68,7 +68,7 @@ class Page(HTMLParser):
 def script(spec: TrialSpec) -> FakeRun:
     depth = spec.config.model.num_layers
     return FakeRun(
-        val_bpb=3.0 - 0.1 * depth + 0.01 * spec.number, bytes_model=90_000 + 9_000 * depth
+        val_bpb=3.0 - 0.1 * depth + 0.01 * spec.number, bytes_model=60_000 + 9_000 * depth
     )
 
 

@@ -36,18 +36,18 @@ def test_measured_trials_are_told_with_value_constraints_and_files(tmp_path: Pat
     first, second = sweep.trials()
     assert [first.state.name, second.state.name] == ["COMPLETE", "COMPLETE"]
     assert (first.value, second.value) == (pytest.approx(2.7), pytest.approx(2.6))
-    assert first.constraints["artifact_size"] == 140_000 - 200_000
+    assert first.constraints["artifact_size"] == 120_000 - 200_000
     assert first.constraints["eval_seconds"] == 1 - 30
     assert first.constraints["step_time"] == 20 - 160
     assert first.user_attrs["verdict"] == "feasible"
-    assert first.user_attrs["bytes_total"] == 140_000
+    assert first.user_attrs["bytes_total"] == 120_000
     assert first.user_attrs["spent_s"] == 16.0, "8 s on 2 workers"
     folder = TrialFolder(sweep.folder / "trial-00000")
     config = TrainConfig.from_dict(json.loads(folder.config.read_text()))
     assert config.digest() == first.user_attrs["digest"]
     assert config.budget.artifact_bytes == TRACK.artifact_bytes
     assert {verdict.name: verdict.value for verdict in folder.read_verdicts()} == {
-        "artifact_size": 140_000,
+        "artifact_size": 120_000,
         "train_seconds": 8.0,
         "eval_seconds": 1.0,
         "step_time": 160,

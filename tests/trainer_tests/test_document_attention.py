@@ -19,8 +19,9 @@ from tests.trainer_tests.plain_attention import plain_attention
 from tests.trainer_tests.small_data import VOCAB_SIZE, write_folder
 from tests.trainer_tests.test_flash4 import stand_in
 from trainer.attention import ATTENTION, Attend, Documents, flash4, select_backend
-from trainer.attention.documents import first_visible, room_for_pieces
-from trainer.attention.flex import attend_flex, document_block_mask, document_blocks
+from trainer.attention.document_places import document_blocks, first_visible
+from trainer.attention.documents import room_for_pieces
+from trainer.attention.flex import attend_flex, document_block_mask
 from trainer.attention.repeat import repeat_groups
 from trainer.attention.varlen import attend_varlen
 from trainer.config import ModelConfig, TrainConfig

@@ -16,6 +16,7 @@ from tests.trainer_tests.small_recipes import SMALL
 from tests.trainer_tests.test_loop import configure, data_dir  # noqa: F401
 from trainer import artifact
 from trainer.config import TrainConfig
+from trainer.errors import ConfigError
 from trainer.flatten.program import script
 from trainer.loop import train
 from trainer.recipes import RECIPES
@@ -79,3 +80,9 @@ def test_the_script_alone_gives_the_same_artifact_and_score(
     assert alone["artifact_digest"] == artifact.weights_digest(blob)
     assert (alone["steps"], alone["stages"]) == (plain.steps, plain.stages)
     assert alone["bytes_code"] == path.stat().st_size
+
+
+def test_kernels_that_need_their_source_are_refused() -> None:
+    fused = RECIPES["tiny"].build().with_overrides({"runtime.loss_kernel": "fused"})
+    with pytest.raises(ConfigError, match=r"runtime\.loss_kernel = \"fused\" reads its own source"):
+        script(fused)

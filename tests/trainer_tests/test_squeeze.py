@@ -17,7 +17,7 @@ import torch
 from tests.trainer_tests.small_recipes import SMALL
 from tests.trainer_tests.test_code import REPOSITORY
 from tests.trainer_tests.test_loop import configure, data_dir  # noqa: F401
-from trainer.code import PACKED_FILE, counted_modules, packed_code, stripped, unpacked_code
+from trainer.code import PACKED_FILE, counted_modules, packed_modules, stripped, unpacked_code
 from trainer.config import TrainConfig
 from trainer.loop import train
 from trainer.recipes import RECIPES
@@ -240,7 +240,7 @@ def test_a_training_from_the_packed_code_gives_the_same_artifact(
             }
         )
     )
-    code = packed_code(config)
+    code = packed_modules(config)
     alone = tmp_path / "alone"
     for path, source in unpacked_code(code).items():
         (alone / path).parent.mkdir(parents=True, exist_ok=True)
@@ -262,4 +262,4 @@ def test_a_training_from_the_packed_code_gives_the_same_artifact(
     plain = train(config, NullReporter(), tmp_path / "plain")
     assert packed.artifact_sha256 == plain.artifact_sha256
     assert (packed.val_bpb, packed.bytes_code) == (plain.val_bpb, len(code))
-    assert len(code) < len(packed_code())
+    assert len(code) < len(packed_modules())

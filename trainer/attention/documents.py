@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from trainer.attention.document_places import first_visible
+
 
 class Pieces(NamedTuple):
     """Documents as FlashAttention's "varlen" takes them: packed, with their boundaries."""
@@ -30,25 +32,6 @@ class Pieces(NamedTuple):
     a run ends with a loss of NaN instead of silently attending across documents."""
 
 
-@torch.library.custom_op("caddie::first_visible", mutates_args=())
-def first_visible(tokens_BT: Tensor, bos_id: int, max_len: int) -> Tensor:
-    """For each token, the place in its row of the first token that it may see, [B, T] int64.
-
-    An operator of its own, because FlexAttention's kernel reads this tensor, and a compiled graph
-    without gradients refuses to hand it one that it computes itself (PyTorch 2.11).
-    """
-    place_T = torch.arange(tokens_BT.size(1), device=tokens_BT.device)
-    first_BT = torch.cummax(torch.where(tokens_BT == bos_id, place_T, 0), dim=1).values
-    if max_len:
-        first_BT = first_BT + (place_T - first_BT) // max_len * max_len
-    return first_BT
-
-
-@first_visible.register_fake
-def _(tokens_BT: Tensor, bos_id: int, max_len: int) -> Tensor:
-    return torch.empty_like(tokens_BT)
-
-
 class Documents:
     """The documents of one batch of tokens.
 
@@ -60,7 +43,8 @@ class Documents:
 
     def __init__(self, tokens_BT: Tensor, bos_id: int, max_len: int = 0) -> None:
         num_tokens = tokens_BT.size(1)
-        self.first_BT: Tensor = first_visible(tokens_BT, bos_id, max_len)
+        first_BT: Tensor = first_visible(tokens_BT, bos_id, max_len)
+        self.first_BT = first_BT
         """For each token, the place in its row of the first token that it may see."""
         self._max_len = min(max_len or num_tokens, num_tokens)
         self._made: dict[Hashable, Any] = {}
@@ -102,30 +86,6 @@ class Documents:
         bounds = bounds.scatter(0, slot_N, place_N)[:-1]
         guard = torch.where(number_N[-1] < room, 1.0, torch.nan)
         return Pieces(bounds, self._max_len, guard)
-
-
-def block_borders(first_BT: Tensor, window: int | None, size: int) -> tuple[Tensor, Tensor]:
-    """Which blocks of `size` keys the blocks of as many queries see in part, and which in
-    whole, each [B, blocks of queries, blocks of keys] bool. A last block that is not full
-    counts as seeing in part, as the library has it.
-
-    Pieces lie in order, so this follows from the first and the last query of a block: no
-    [T, T] mask is made.
-    """
-    num_tokens = first_BT.size(1)
-    count = math.ceil(num_tokens / size)
-    block_K = torch.arange(count, device=first_BT.device)
-    last_K = (block_K * size + size - 1).clamp(max=num_tokens - 1)
-    lowest_BK = first_BT[:, block_K * size]
-    highest_BK = first_BT[:, last_K]
-    if window is not None:
-        lowest_BK = torch.maximum(lowest_BK, block_K * size - window)
-        highest_BK = torch.maximum(highest_BK, last_K - window)
-    below_KK = block_K <= block_K[:, None]
-    seen_BKK = below_KK & (block_K >= (lowest_BK // size)[..., None])
-    whole_BKK = (block_K < block_K[:, None]) & (block_K * size >= highest_BK[..., None])
-    whole_BKK &= (block_K * size + size <= num_tokens)[:, None]
-    return seen_BKK & ~whole_BKK, whole_BKK
 
 
 def room_for_pieces(num_rows: int, num_tokens: int, max_len: int) -> int:

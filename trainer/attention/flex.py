@@ -7,7 +7,6 @@ dense softmax: correct, slow, good for tests.
 from __future__ import annotations
 
 import importlib.util
-import math
 from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any
@@ -22,10 +21,8 @@ from torch.nn.attention.flex_attention import (
 )
 
 from trainer.attention.base import Attend, Backend, Log
-from trainer.attention.documents import Documents, block_borders
-
-_BLOCK = 128
-"""Queries and keys of a block, the library's own choice."""
+from trainer.attention.document_places import BLOCK, document_blocks
+from trainer.attention.documents import Documents
 
 Visible = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -127,7 +124,7 @@ def document_block_mask(documents: Documents, window: int | None) -> BlockMask:
     blocks = document_blocks(documents.first_BT, window)
     return BlockMask(
         seq_lengths=(num_tokens, num_tokens),
-        BLOCK_SIZE=(_BLOCK, _BLOCK),
+        BLOCK_SIZE=(BLOCK, BLOCK),
         mask_mod=_visible_in(documents, window),
         **dict(zip(_BLOCKS, blocks, strict=True)),
     )
@@ -139,34 +136,6 @@ _BLOCKS = tuple(
     for what in ("num_blocks", "indices")
 )
 """The library's names of the tensors below, in their order."""
-
-
-@torch.library.custom_op("caddie::document_blocks", mutates_args=())
-def document_blocks(
-    first_BT: Tensor, window: int | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Blocks of keys by block of queries: how many in part, [B, 1, K], which, [B, 1, K, K], the
-    same for those seen in whole; then blocks of queries by block of keys in the same four tensors.
-
-    An operator of its own: made by the compiled graph itself, they came out wrong (PyTorch 2.11).
-    """
-    in_part, whole = block_borders(first_BT, window, _BLOCK)
-    by_query = *_ordered(in_part), *_ordered(whole)
-    return *by_query, *_ordered(in_part.mT), *_ordered(whole.mT)
-
-
-@document_blocks.register_fake
-def _(first_BT: Tensor, window: int | None) -> tuple[Tensor, ...]:
-    count = math.ceil(first_BT.size(1) / _BLOCK)
-    sizes = ((first_BT.size(0), 1, count), (first_BT.size(0), 1, count, count))
-    return tuple(first_BT.new_empty(size, dtype=torch.int32) for size in sizes * 4)
-
-
-def _ordered(blocks_BKK: Tensor) -> tuple[Tensor, Tensor]:
-    """How many blocks each row has, [B, 1, K], and which: those first, [B, 1, K, K]."""
-    order = torch.argsort(blocks_BKK.int(), dim=-1, descending=True, stable=True)
-    count = blocks_BKK.sum(-1, dtype=torch.int32)
-    return count[:, None].contiguous(), order.int()[:, None].contiguous()
 
 
 def _fault(device_type: str) -> str | None:

@@ -173,7 +173,15 @@ class TrainConfig(Settings):
                 f'runtime.mlp_kernel = "{mlp}" knows two matrices, but model.mlp_kind = '
                 f'"{self.model.mlp_kind}" has three; set runtime.mlp_kernel = compiled'
             )
-        faults += faults_of_iha_kernel(self.model, self.runtime.iha_kernel)
+        if self.model.iha != "off":
+            faults += faults_of_iha_kernel(self.model, self.runtime.iha_kernel)
+        if self.compress.code == "script":
+            faults += [
+                f'runtime.{name} = "{kernel}" reads its own source, which compress.code = "script" '
+                "does not have; set compress.code = modules"
+                for name in ("mlp_kernel", "loss_kernel", "iha_kernel")
+                if (kernel := getattr(self.runtime, name)).startswith("fused")
+            ]
         if loss == "fused" and self.loss.kind != "cross_entropy":
             faults.append(
                 f'runtime.loss_kernel = "fused" has no weights on the tokens, which loss.kind = '

@@ -7,7 +7,6 @@ import functools
 import json
 
 from trainer.config import TrainConfig
-from trainer.errors import ConfigError
 from trainer.flatten.facts import facts_of, prepared, stand_ins
 from trainer.flatten.fold import folded
 from trainer.flatten.merge import merged
@@ -22,16 +21,8 @@ MAX_PASSES = 12
 
 def flattened(config: TrainConfig) -> ast.Module:
     """The program of a configuration: everything that it runs, and as little else as can be.
-
-    Raises: ConfigError for kernels that cannot be packaged.
+    Fused kernels read their own source and cannot be packaged.
     """
-    runtime = config.runtime
-    for name, kernel in (("mlp_kernel", runtime.mlp_kernel), ("loss_kernel", runtime.loss_kernel)):
-        if kernel.startswith("fused"):
-            raise ConfigError(
-                f'runtime.{name} = "{kernel}" reads its own source, which a packed script does not '
-                f"have; set runtime.{name} = compiled"
-            )
     tree = merged(ENTRY, stand_ins(config))
     facts = facts_of(config, tree)
     tree = prepared(tree, config, facts)
@@ -61,7 +52,11 @@ def _script(settings: str) -> bytes:
 
 
 def script(config: TrainConfig) -> bytes:
-    """train_gpt.py of a configuration. Where the data lies and the seed do not change it."""
+    """train_gpt.py of a configuration. Where the data lies and the seed do not change it.
+
+    Raises: ConfigError for what cannot be packaged.
+    """
+    config.with_overrides({"compress.code": "script"})
     fixed = config.with_overrides({"data.dir": "", "runtime.seed": 1337, "source.artifact": ""})
     return _script(json.dumps(fixed.to_dict(), sort_keys=True))
 

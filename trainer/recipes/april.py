@@ -55,7 +55,7 @@ def april() -> TrainConfig:
         quantize=QuantizeConfig(
             scheme="int6", method="gptq", reserve_seconds=12.0, clip="sigma", clip_sigmas=12.85
         ),
-        compress=CompressConfig(codec="brotli", level=11, byte_shuffle=True),
+        compress=CompressConfig(codec="brotli", level=11, byte_shuffle=True, code="script"),
         evaluate=EvaluateConfig(seq_len=2048, batch_tokens=524_288),
         runtime=RuntimeConfig(log_every=10),
     )

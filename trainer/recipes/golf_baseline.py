@@ -43,7 +43,7 @@ def golf_baseline() -> TrainConfig:
         # The published floor makes rows whose clip is below 1 share one coarse step: fewer bytes
         # and a little more loss than int8 needs. It is part of what fits the cap after 600 s.
         quantize=QuantizeConfig(scheme="int8", clip_percentile=99.99984, scale_floor=1 / 127),
-        compress=CompressConfig(codec="zlib", level=9),
+        compress=CompressConfig(codec="zlib", level=9, code="script"),
         evaluate=EvaluateConfig(seq_len=1024, batch_tokens=524_288),
         runtime=RuntimeConfig(seed=1337, prime_steps=20, log_every=10),
     )

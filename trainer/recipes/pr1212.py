@@ -54,7 +54,7 @@ def pr1212() -> TrainConfig:
             loader="coprime",
         ),
         quantize=_quantize(),
-        compress=CompressConfig(codec="brotli", level=11, byte_shuffle=True),
+        compress=CompressConfig(codec="brotli", level=11, byte_shuffle=True, code="script"),
         evaluate=EvaluateConfig(seq_len=6144, stride=128, batch_tokens=8 * WORKER_TOKENS),
         runtime=RuntimeConfig(seed=1337, log_every=10),
         loss=LossConfig(kind="mile", mile_gamma=0.75, mile_clamp_min=0.2, mile_peak_frac=0.4),

@@ -62,7 +62,7 @@ def pr675() -> TrainConfig:
         data=DataConfig(seq_len=1024, batch_tokens=524_288, micro_batch_tokens=65_536),
         # The baseline's floor: without it ten layers of int8 are over the cap.
         quantize=QuantizeConfig(scheme="int8", clip_percentile=99.99984, floor_by_levels=True),
-        compress=CompressConfig(codec="lzma", level=9),
+        compress=CompressConfig(codec="lzma", level=9, code="script"),
         evaluate=EvaluateConfig(seq_len=1024, batch_tokens=524_288),
         runtime=RuntimeConfig(seed=1337, log_every=10),
         # Snapshots are taken while the rate is below half of its peak.
