@@ -70,7 +70,8 @@ def test_the_script_alone_gives_the_same_artifact_and_score(
     path = tmp_path / "alone" / "train_gpt.py"
     path.parent.mkdir()
     path.write_bytes(script(config))
-    alone = run_script(path, "--data", config.data.dir)
+    seed = str(config.runtime.seed)
+    alone = run_script(path, "--data", config.data.dir, "--seed", seed)
     torch.set_num_threads(1)
     plain = train(config, NullReporter(), tmp_path / "plain")
     blob = (tmp_path / "plain" / "artifact.bin").read_bytes()
