@@ -108,7 +108,8 @@ def _constant_names(config: TrainConfig) -> tuple[dict[str, Any], dict[str, Any]
     if config.model.num_loops == 1:
         if config.model.recur_visits == 1:
             arguments["repeat"] = None
-        if not config.model.recur_lora_rank:
+        # Adapters of documents go by that name too.
+        if not config.model.recur_lora_rank and config.evaluate.ttt != "documents":
             arguments["lora"] = attributes["lora"] = None
     return arguments, attributes
 
