@@ -3,6 +3,7 @@
 from typing import Any
 
 COMMON: dict[str, Any] = {
+    "compress.code": "modules",  # a script takes seconds to make
     "evaluate.batch_tokens": 768,
     "schedule.progress": "steps",
     "budget.train_seconds": None,

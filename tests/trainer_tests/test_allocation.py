@@ -248,6 +248,7 @@ def test_small_copies_of_the_recipes_fit_by_it(
                 "runtime.prime_steps": 0,
                 "compress.codec": "rans_classes",
                 "compress.level": 9,
+                "compress.code": "modules",
             }
         )
     )

@@ -23,7 +23,7 @@ from trainer.recipes import RECIPES
 from trainer.report import NullReporter
 
 OVERRIDES = {
-    "tiny": {},
+    "tiny": {"compress.code": "script"},
     "pr1212": SMALL["pr1212"] | {"data.loader": "sequential"},
     "pr1894": SMALL["pr1894"],
     "frontier": SMALL["frontier"],
@@ -81,6 +81,8 @@ def test_the_script_alone_gives_the_same_artifact_and_score(
     assert alone["artifact_digest"] == artifact.weights_digest(blob)
     assert (alone["steps"], alone["stages"]) == (plain.steps, plain.stages)
     assert alone["bytes_code"] == path.stat().st_size
+    if config.compress.code == "script":
+        assert plain.bytes_code == alone["bytes_code"], "what a run counts is what is packaged"
 
 
 def test_kernels_that_need_their_source_are_refused() -> None:
