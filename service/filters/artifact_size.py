@@ -25,6 +25,9 @@ DEFAULT_LIMIT = 0.6
 what others would have caught and refused."""
 SCRIPT_SHARE = 0.49
 """Bytes of a script over those of the modules it is made of; 0.46 to 0.53 in the golf recipes."""
+MOST_SHARED = 1.4
+"""So many times the cap may be forecast where the packer shares out bytes: 6 bits against 4, and
+room for what has no fewer."""
 OWN_LINE = "study"
 """Line of work of artifacts whose base recipe is not known."""
 
@@ -82,14 +85,19 @@ class ArtifactSize(Filter):
         cap = spec.config.budget.artifact_bytes
         if cap is None or spec.config.source.artifact:  # a file that exists needs no forecast
             return None
-        forecast = self.forecast(spec.config, spec.workers)
+        forecast, quantize = self.forecast(spec.config, spec.workers), spec.config.quantize
         over, median = forecast.probability_over(cap), forecast.quantile(0.5)
         reason = (
             f"about {median:,} bytes ({forecast.quantile(0.05):,} to {forecast.quantile(0.95):,}; "
             f"{forecast.basis}) against a cap of {cap:,}: over it with probability {over:.2f}, "
             f"limit {self._limit:g}"
         )
-        return Verdict(self.name, median, cap, "bytes", over <= self._limit, reason, predicted=True)
+        ok, may_share = over <= self._limit, quantize.method == "gptq"
+        if not ok and quantize.allocate != "off" and median <= MOST_SHARED * cap:
+            ok, reason = True, f"{reason}; quantize.allocate packs it to fit"
+        elif not ok and may_share and median <= MOST_SHARED * cap:
+            reason += "; quantize.allocate = rate_distortion would pack it to fit"
+        return Verdict(self.name, median, cap, "bytes", ok, reason, predicted=True)
 
     def forecast(self, config: TrainConfig, workers: int = 8) -> SizeForecast:
         """Distribution of packed code plus packed model."""

@@ -225,6 +225,21 @@ def test_the_limit_decides_what_is_launched(limit: float, ok: bool) -> None:
     assert (verdict.excess <= 0) == ok
 
 
+@pytest.mark.parametrize(("share", "ok"), [(0.9, True), (0.6, False)])
+def test_a_packer_that_shares_out_bytes_is_given_its_chance(share: float, ok: bool) -> None:
+    config, size = RECIPES["frontier"].build(), ArtifactSize()
+    cap = round(share * size.forecast(config).quantile(0.5))
+    plain = config.with_overrides({"budget.artifact_bytes": cap})
+    refused = size.before_launch(spec_of(plain, workers=8))
+    assert refused is not None and not refused.ok
+    assert ("quantize.allocate = rate_distortion would" in refused.reason) is ok
+    shared = plain.with_overrides({"quantize.allocate": "rate_distortion"})
+    verdict = size.before_launch(spec_of(shared, workers=8))
+    assert verdict is not None and verdict.ok is ok
+    assert ("packs it to fit" in verdict.reason) is ok
+    assert (verdict.excess <= 0) == ok
+
+
 def test_the_filter_learns_that_a_fitting_study_fits_and_a_bursting_one_does_not() -> None:
     """At a cap that the first forecast cannot decide, measured artifacts do."""
     config = TINY.with_overrides(
