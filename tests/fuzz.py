@@ -11,6 +11,7 @@ case killed by its alarm. Cases are made from (seed, target, index) alone, so th
 from __future__ import annotations
 
 import argparse
+import atexit
 import copy
 import functools
 import hashlib
@@ -20,6 +21,7 @@ import mmap
 import os
 import random
 import resource
+import shutil
 import signal
 import struct
 import sys
@@ -370,7 +372,9 @@ WEIGHTS = {"artifact": 8, "checkpoint": 3, "folder": 3}
 
 @functools.cache
 def _scratch() -> Path:
-    return Path(tempfile.mkdtemp(prefix="caddie-fuzz-"))
+    folder = Path(tempfile.mkdtemp(prefix="caddie-fuzz-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)  # children leave without it
+    return folder
 
 
 # --- running -------------------------------------------------------------------------------
@@ -381,6 +385,7 @@ def fuzz(target: str, num_cases: int, seed: int, only: int | None = None) -> Out
     outcome = Outcome(target)
     first, last = (0, num_cases) if only is None else (only, only + 1)
     bombs()  # made here, so that children have them
+    _scratch()
     with mmap.mmap(-1, 8) as place:
         while first < last:
             first = _run_child(TARGETS[target], outcome, range(first, last), seed, place)
