@@ -84,7 +84,9 @@ def write_submission(runs: Sequence[SeedRun], out: Path, name: str, track: str) 
             "another); run the trial again with `caddie trial rerun`"
         )
     code = script(first.config)
-    document = _document(runs, name, track, len(code), len(blob), artifact.weights_digest(blob))
+    document = _document(
+        runs, name, track, len(code), len(blob), artifact.weights_digest(artifact.decode(blob)[1])
+    )
     out.mkdir(parents=True, exist_ok=True)
     (out / "train_gpt.py").write_bytes(code)
     (out / "train_gpt_readable.py").write_text(readable(first.config))

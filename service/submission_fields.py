@@ -31,7 +31,7 @@ FIELDS: dict[str, str] = {
     "bytes_model": "bytes of MODEL_FILE",
     "seeds": "list of the seeds that were run; MODEL_FILE is of the first",
     "seed_results": "seed -> {val_bpb, val_loss, artifact_bytes, steps, train_time_s, eval_time_s}",
-    "artifact_digest": "service.weights_digest of the decoded weights",
+    "artifact_digest": "trainer.artifact.weights_digest of the decoded weights",
     "config": "settings of the run, as TrainConfig.to_dict gives them, without folders",
     "phases": "seconds of each phase, as TrainResult.phases",
     "data_digest": "digest of the data set that it was trained and scored on",

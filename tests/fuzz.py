@@ -41,7 +41,6 @@ import zstandard
 from service.verify.folder import UnreadableError
 from service.verify.model_checks import Means
 from service.verify.verification import verify
-from service.weights_digest import weights_digest
 from trainer import artifact, checkpoint
 from trainer.compress import CODECS
 from trainer.compress.rans_classes import BLOCK_LOGS
@@ -233,7 +232,7 @@ def make_artifact(rng: random.Random) -> bytes:
 
 def read_artifact(blob: bytes) -> str:
     _, quantized = artifact.decode(blob)
-    return weights_digest(quantized)
+    return artifact.weights_digest(quantized)
 
 
 @functools.cache

@@ -106,15 +106,15 @@ def decode(blob: bytes) -> tuple[TrainConfig, QuantizedState]:
     return config, QuantizedState(tensors, dict(header.aliases))
 
 
-def weights_digest(blob: bytes) -> str:
-    """Hex SHA-256 of a file's decoded weights in the order of their names: equal digests, equal
-    models, however they are packed. Raises ArtifactError."""
-    _, quantized = decode(blob)
+def weights_digest(quantized: QuantizedState) -> str:
+    """Hex SHA-256 over the decoded weights in the order of their names: "name dtype shape", then
+    the numbers as they are computed with, in C order. Equal digests, equal models, to the last
+    bit, however they are packed. One tensor is decoded at a time. Raises ArtifactError."""
     digest = hashlib.sha256()
     for name, stored in sorted(quantized.tensors.items()):
         weights = scheme_named(stored.scheme).decode(stored.arrays, stored.shape)
         digest.update(f"{name} {weights.dtype.str} {weights.shape}".encode())
-        digest.update(np.ascontiguousarray(weights).tobytes())
+        digest.update(weights.tobytes())
     return digest.hexdigest()
 
 

@@ -43,7 +43,9 @@ def main() -> None:
         record = result.model_dump()
         if result.artifact_sha256:
             path = Path(options.artifact or out / "artifact.bin")
-            record["artifact_digest"] = artifact.weights_digest(artifact.read(path))
+            record["artifact_digest"] = artifact.weights_digest(
+                artifact.decode(artifact.read(path))[1]
+            )
         (out / "result.json").write_text(json.dumps(record, indent=2) + "\n")
 
 

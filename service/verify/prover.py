@@ -40,14 +40,13 @@ def main() -> None:
 
 
 def _decode(job: dict[str, Any]) -> dict[str, Any]:
-    from service.weights_digest import weights_digest
     from trainer import artifact
     from trainer.errors import ArtifactError
 
     started = time.monotonic()
     try:
         config, quantized = artifact.decode(artifact.read(Path(job["artifact"])))
-        digest = weights_digest(quantized)
+        digest = artifact.weights_digest(quantized)
     except ArtifactError as error:
         return {"error": str(error)}
     except MemoryError:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from service.provenance import describe_hardware
-from service.weights_digest import weights_digest
 from trainer import artifact
 from trainer.code import packed_code
 from trainer.config import TrainConfig
@@ -68,7 +67,7 @@ def make_submission(config: TrainConfig, folder: Path) -> dict[str, Any]:
         "bytes_model": len(model),
         "seeds": [config.runtime.seed],
         "seed_results": {str(config.runtime.seed): {"val_bpb": result.val_bpb}},
-        "artifact_digest": weights_digest(artifact.decode(model)[1]),
+        "artifact_digest": artifact.weights_digest(artifact.decode(model)[1]),
         "config": config.without_places(),
         "phases": {**result.phases, **SECONDS},
         "data_digest": _digest(config),
