@@ -39,7 +39,7 @@ def squeezed(source: str) -> str:
     if not _READS_ANNOTATIONS.search(source):
         source = _edited(source, _annotations(source))
         source = _edited(source, _short_names(source))
-    return _tight(_edited(source, _unused_names(source)))
+    return tight(_edited(source, _unused_names(source)))
 
 
 def _edited(source: str, edits: Iterator[Edit]) -> str:
@@ -187,7 +187,7 @@ class _Places:
         return self._rows[node.end_lineno - 1] + node.end_col_offset
 
 
-def _tight(source: str) -> str:
+def tight(source: str) -> str:
     """One blank for each level of a block, and none but where two words would become one."""
     rows = [0, *itertools.accumulate(len(row) + 1 for row in source.split("\n"))]
     pieces: list[str] = []

@@ -16,9 +16,7 @@ import string
 from collections.abc import Iterator
 
 from trainer.flatten.scopes import FUNCTIONS, arguments_of
-
-_SHAPE_SUFFIX = re.compile(r"\w+_[A-Z]{1,5}1?")
-_ENTRY_POINTS = {"forward", "backward", "self", "cls"}
+from trainer.squeeze import tight
 
 
 def shortened(tree: ast.Module) -> str:
@@ -30,7 +28,7 @@ def shortened(tree: ast.Module) -> str:
     taken = _globals(tree)
     for function in _outermost_functions(tree):
         _rename_locals(function, taken, given)
-    return _tight(ast.unparse(ast.fix_missing_locations(tree)))
+    return tight(ast.unparse(ast.fix_missing_locations(tree)))
 
 
 class _Stripped(ast.NodeTransformer):
@@ -250,9 +248,3 @@ def _rename_locals(function: ast.AST, taken: set[str], given: set[str]) -> None:
             node.arg = new.get(node.arg, node.arg)
         elif isinstance(node, (ast.ExceptHandler, ast.FunctionDef)) and node is not function:
             node.name = new.get(node.name or "", node.name or "") or None
-
-
-def _tight(source: str) -> str:
-    from trainer.squeeze import _tight as tight
-
-    return tight(source)
