@@ -14,12 +14,19 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from trainer.compile_cache import use_compile_cache
+from trainer.config import parse_overrides
+from trainer.recipes import RECIPES
+
 STARTED = time.time()
 
 
 def main() -> None:
     """Train until enough steps are counted, then write the figures to --out."""
     arguments = _arguments()
+    config = RECIPES[arguments.recipe].build()
+    config = config.with_overrides(parse_overrides(arguments.set) | {"runtime.log_every": 1})
+    use_compile_cache(config.runtime.compile_cache)
     import torch
     from torch._dynamo.utils import (
         counters,
@@ -27,14 +34,10 @@ def main() -> None:
         set_compilation_metrics_limit,
     )
 
-    from trainer.config import parse_overrides
     from trainer.loop import train
-    from trainer.recipes import RECIPES
 
     imported = time.time()
     set_compilation_metrics_limit(4096)
-    config = RECIPES[arguments.recipe].build()
-    config = config.with_overrides(parse_overrides(arguments.set) | {"runtime.log_every": 1})
     reporter = Stopwatch(arguments.steps)
     result = train(config, reporter)
     graphs = [describe_graph(metrics) for metrics in get_compilation_metrics()]

@@ -81,6 +81,11 @@ class Workspace:
         )
         return cls(config, reporter, group, dataset, byte_table, model, forward, loader, timer)
 
+    @property
+    def is_compiled(self) -> bool:
+        """Whether torch.compile is on."""
+        return self.forward is not self.model
+
     def log(self, line: str) -> None:
         """Say something to the reader of the run's log."""
         self.reporter.emit("log", line=line)

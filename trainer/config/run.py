@@ -53,8 +53,17 @@ class RuntimeConfig(Settings):
     "fused" one operator that mixes, turns and normalises; "auto" as above."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile; "auto" = on for cuda."""
+    compile_cache: str = "auto"
+    """Folder in which what was compiled is kept for later runs; "auto" = one of the user's, unless
+    TORCHINDUCTOR_CACHE_DIR or TRITON_CACHE_DIR say otherwise; "off" = the compiler's own choice."""
     prime_steps: Annotated[int, Field(ge=0)] = 3
     """Real steps before the clock starts, so that every graph is compiled; undone afterwards."""
+    prime_batches: Literal["all", "shapes"] = "all"
+    """What a primed step works on: every micro batch of a step, or one of each shape, which
+    compiles the same graphs in less time."""
+    prime_score: Literal["before", "after"] = "before"
+    """When the graphs of the score are compiled: before training, so that a fault shows early, or
+    after it, so that training starts sooner. Outside every clock either way."""
     log_every: PositiveInt = 10
     """Steps between metric records."""
     val_every: Annotated[int, Field(ge=0)] = 0
