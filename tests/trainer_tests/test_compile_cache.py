@@ -1,4 +1,4 @@
-"""Where compiled code is kept: who decides, who may write there, and that a new process finds it."""
+"""Where compiled code is kept: who decides, who may write, and that a new process finds it."""
 
 from __future__ import annotations
 
@@ -84,8 +84,10 @@ def test_a_second_process_compiles_from_the_first_ones_cache(tmp_path: Path) -> 
     assert cold["caches"]["fxgraph_cache_miss"] >= 3  # training there and back, and the score
     assert warm["caches"].get("fxgraph_cache_miss", 0) == 0
     assert warm["caches"]["fxgraph_cache_hit"] == cold["caches"]["fxgraph_cache_miss"]
-    assert warm["compile_seconds"]["of_which_codegen"] == 0.0 < (
-        cold["compile_seconds"]["of_which_codegen"]
+    assert (
+        warm["compile_seconds"]["of_which_codegen"]
+        == 0.0
+        < (cold["compile_seconds"]["of_which_codegen"])
     )
     assert warm["losses"] == cold["losses"]
     for row in (cold, warm):
