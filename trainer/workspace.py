@@ -126,6 +126,7 @@ def build_model(config: TrainConfig, group: Group, log: Callable[[str], None]) -
         log,
         windowed=config.model.window > 0,
         documents=config.model.document_attention,
+        half=_compute_dtype(config, group.device) == torch.bfloat16,
     )
     row_lengths = config.data.row_lengths | {config.evaluate.seq_len}
     model = GPT(config.model, attend, max(row_lengths), row_lengths)

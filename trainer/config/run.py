@@ -37,8 +37,9 @@ class RuntimeConfig(Settings):
     """"auto" = cuda where there is one."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Compute type of matrix products; "auto" = bfloat16 on cuda, float32 on cpu."""
-    attention: Literal["auto", "sdpa", "flex", "flash4", "varlen"] = "auto"
-    """Attention backend; "auto" picks and says what it took."""
+    attention: Literal["auto", "fastest", "sdpa", "cudnn", "flex", "flash4", "varlen"] = "auto"
+    """Attention backend; "auto" picks of what PyTorch brings, "fastest" of all by a measured table
+    (trainer/attention/measured.py), and both say what they took."""
     mlp_kernel: Literal[
         "compiled", "auto", "fused", "fused_saved", "fused_norm", "fused_norm_saved"
     ] = "compiled"
