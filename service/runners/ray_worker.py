@@ -24,6 +24,7 @@ from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.util.placement_group import get_current_placement_group
 
 from service.runners.ray_mailbox import CONTROLLER, MailboxReporter, WorkerFailure, WorkerInfo
+from trainer.compile_cache import use_compile_cache
 from trainer.config import TrainConfig
 from trainer.errors import DataError
 from trainer.report import NullReporter, TrainResult
@@ -65,6 +66,7 @@ def _train(job: dict[str, Any], rank: int) -> dict[str, Any]:
             f"data.dir = {data_dir!r} is not a folder on node {socket.gethostname()}; copy the "
             "data set to the same path on every node, or put it on a file system they share"
         )
+    use_compile_cache(config.runtime.compile_cache)
     train = _load(job["train"])
     if config.runtime.checkpoint_seconds:
         train = partial(train, saved=partial(_hand_over, rank))
