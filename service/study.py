@@ -14,7 +14,6 @@ from typing import Any
 
 import optuna
 from optuna.exceptions import OptunaError, StorageInternalError
-from optuna.samplers import TPESampler
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.engine import make_url
@@ -25,6 +24,7 @@ from search_spaces.tracks import TRACKS, Track
 from service.config import mask_passwords, nearest
 from service.driver_storage import for_driver
 from service.errors import StorageError, UsageError
+from service.sampler import QuickTPE, ReplayableTPE
 from service.trial import Verdict
 
 OBJECTIVE = "val_bpb"
@@ -36,8 +36,6 @@ STOP_ATTR = "stop_requested"
 CONFIRMS = "confirms"
 """Attribute of trials that `caddie confirm` ran: fresh seeds, which count towards no sweep."""
 SEED_PATH = "runtime.seed"
-STARTUP_TRIALS = 10
-"""Trials proposed at random before TPE models them."""
 STORAGE_FAULTS = (SQLAlchemyError, StorageInternalError)
 """What a storage raises when it is away or broken."""
 
@@ -62,7 +60,7 @@ def open_study(
         space: What is searched.
         track: Budget in force; None = the space's own.
         overrides: Settings replaced for every trial.
-        seed: Seeds the sampler. A resumed study draws other numbers than it drew before.
+        seed: Seeds the sampler; each trial has a stream of its own.
 
     Raises:
         StorageError: The storage cannot be opened or written.
@@ -90,7 +88,7 @@ def open_study(
             study_name=name, storage=storage, direction="minimize", load_if_exists=True
         )
         _lay_foundation(study, foundation)
-        study.sampler = make_sampler(seed + len(study.get_trials(deepcopy=False)))
+        study.sampler = make_sampler(seed)
         _enqueue_once(study, space)
     return study
 
@@ -141,15 +139,10 @@ def open_storage(storage_url: str) -> RDBStorage:
         )
 
 
-def make_sampler(seed: int) -> TPESampler:
-    """TPE over all axes at once; running trials count as bad until told, so that trials asked at
-    the same time differ. Constraints need no function here: Optuna 5 reads them off the trials."""
-    return TPESampler(
-        seed=seed,
-        multivariate=True,
-        constant_liar=True,
-        n_startup_trials=STARTUP_TRIALS,
-    )
+def make_sampler(seed: int) -> ReplayableTPE:
+    """The sampler of every study. A trial's proposal depends on the seed, its number and the
+    study's trials, not on what this process asked before."""
+    return QuickTPE(seed)
 
 
 def write_constraints(

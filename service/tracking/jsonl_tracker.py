@@ -52,7 +52,7 @@ class JsonlTracker:
             "recipe": spec.recipe,
             "overrides": spec.overrides,
             "seed": spec.config.runtime.seed,
-            "digest": spec.config.digest(),
+            "digest": spec.digest,
             "constraints": {
                 verdict.name: {"value": verdict.value, "bound": verdict.bound, "ok": verdict.ok}
                 for verdict in verdicts
