@@ -71,6 +71,7 @@ _add(sweep_app, "status", sweep.status, "caddie sweep status smoke --json")
 _add(sweep_app, "stop", sweep.stop, "caddie sweep stop smoke")
 _add(sweep_app, "list", sweep.list_studies, "caddie sweep list")
 _add(trial_app, "show", trial.show, "caddie trial show smoke 3")
+_add(trial_app, "explain", trial.explain, "caddie trial explain smoke 3")
 _add(trial_app, "rerun", trial.rerun, "caddie trial rerun smoke 3")
 _add(
     app, "simulate", simulate.simulate, "caddie simulate learning_rates --nodes 64 --failures 0.01"
