@@ -93,8 +93,13 @@ def open_study(
     return study
 
 
-def load_study(name: str, storage_url: str) -> optuna.Study:
-    """An existing study, to look at. Raises StorageError, or UsageError naming near studies."""
+def load_study(name: str, storage_url: str, for_writing: bool = False) -> optuna.Study:
+    """An existing study, to look at, or to write to under its lease.
+
+    Raises:
+        StorageError: The storage cannot be opened.
+        UsageError: There is no such study; names near ones.
+    """
     if not _sqlite_exists(storage_url):
         raise UsageError(
             f"no study {name!r}: there is no storage at {mask_passwords(storage_url)}; start one "
@@ -105,7 +110,8 @@ def load_study(name: str, storage_url: str) -> optuna.Study:
         names = optuna.get_all_study_names(storage)
         if name not in names:
             raise UsageError(f"no study {name!r}; {nearest(name, names)}")
-        return optuna.load_study(study_name=name, storage=storage, sampler=make_sampler(0))
+        kept = for_driver(storage) if for_writing else storage
+        return optuna.load_study(study_name=name, storage=kept, sampler=make_sampler(0))
 
 
 def study_names(storage_url: str) -> list[str]:
