@@ -21,7 +21,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from search_spaces import Space
 from search_spaces.tracks import TRACKS, Track
-from service.config import mask_passwords, nearest
+from service.config import mask_passwords, nearest, with_driver
 from service.driver_storage import for_driver
 from service.errors import StorageError, UsageError
 from service.sampler import QuickTPE, ReplayableTPE
@@ -131,14 +131,12 @@ def open_storage(storage_url: str) -> RDBStorage:
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with _storage_errors(storage_url):
-        url = make_url(storage_url)
+        url = make_url(with_driver(storage_url))
         connect: dict[str, Any] = {}
         if url.get_backend_name() == "sqlite":
             connect["timeout"] = 60  # seconds to wait for another process's lock
         if url.get_backend_name() == "postgresql":
             connect["connect_timeout"] = 10
-        if url.drivername == "postgresql":  # by itself it means another client than the one we need
-            url = url.set(drivername="postgresql+psycopg2")
         return RDBStorage(
             url.render_as_string(hide_password=False),
             engine_kwargs={"connect_args": connect, "pool_pre_ping": True},

@@ -157,7 +157,8 @@ class MlflowRepair:
             yield Fault(number, WHERE, wrong.words, "send the trial again", mend)
 
     def _compare(self, folder: Path, entry: Entry, run: Run) -> Wrong:
-        lacks, otherwise = [], []
+        lacks: list[str] = []
+        otherwise: list[str] = []
         tags = {KEY_TAG: self._mirror.key(entry), **start_tags(entry, self._parent_id())}
         tags |= end_tags(folder, entry)
         params = params_of(folder, entry)

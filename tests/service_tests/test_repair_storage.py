@@ -57,7 +57,8 @@ def test_trials_that_a_dead_driver_left_running(
     assert not [e for e in repaired(sweep, capsys)[1]["findings"] if e["where"] == "storage"]
     lines = (sweep.folder / "trials.jsonl").read_text().splitlines()
     assert finished in [json.loads(line)["number"] for line in lines]
-    again = Sweep(tmp_path, lambda spec: FakeRun(), num_trials=5, start_at=5000.0)
+    told = sum(state in ("COMPLETE", "PRUNED") for state in sweep.states())
+    again = Sweep(tmp_path, lambda spec: FakeRun(), num_trials=told + 1, start_at=5000.0)
     again.run()
     assert again.runner.submissions[0].number == unfinished, "it resumes where it was left"
 
