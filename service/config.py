@@ -163,6 +163,12 @@ def nearest(name: str, known: Mapping[str, Any] | list[str]) -> str:
     return f"there are {', '.join(known) or 'none'}"
 
 
+def with_driver(url: str) -> str:
+    """A PostgreSQL URL that names the client library we bring, psycopg2: SQLAlchemy 2.1 takes a
+    plain `postgresql://` for another one. Any other URL as it is."""
+    return re.sub(r"^postgres(ql)?://", "postgresql+psycopg2://", url)
+
+
 def mask_passwords(text: str) -> str:
     """The text with every password in a URL replaced by ***."""
     return re.sub(r"(://[^:/@\s]*:)[^@\s]*(@)", r"\1***\2", text)

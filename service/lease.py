@@ -110,6 +110,13 @@ def is_alive(lease: Lease, now: float) -> bool:
     return abs(started - lease.process_started) < 1.0
 
 
+def refuse_if_driven(study: optuna.Study, now: float) -> None:
+    """Raises StudyBusyError while a live driver holds the study."""
+    holder = read_lease(study)
+    if holder is not None and is_alive(holder, now):
+        raise _busy(study, holder)
+
+
 def _busy(study: optuna.Study, holder: Lease) -> StudyBusyError:
     return StudyBusyError(
         f"study {study.study_name!r} is being driven by process {holder.pid} on {holder.host}; "

@@ -301,7 +301,7 @@ class Scheduler:
 
     def _has_owner(self, run: Run) -> bool:
         """Whether the proposal equals an earlier trial; then it is told again or parked."""
-        owner = self._duplicates.claim(run.spec.config.digest(), run.number)
+        owner = self._duplicates.claim(run.spec.digest, run.number)
         if owner is None:
             return False
         self._book.open(run.spec, run.trial, [])
@@ -314,7 +314,7 @@ class Scheduler:
             if any(other.number == owner for other in self._everything()):
                 continue
             earlier = frozen_trials(self._study)[owner]
-            digest = run.spec.config.digest()
+            digest = run.spec.digest
             if owner in self._told and self._book.folder(owner).verdicts.exists():
                 self._tell(run, self._book.copy_end(run.spec, earlier))
             else:
@@ -418,7 +418,7 @@ class Scheduler:
         self._spending.learn(end)
         self._streak = self._streak.after(verdict)
         if end.state == TrialState.FAIL:
-            self._duplicates.release(run.spec.config.digest(), run.number)
+            self._duplicates.release(run.spec.digest, run.number)
         else:
             self._note_told(run.number, run.trial.user_attrs)
 

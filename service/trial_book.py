@@ -129,9 +129,9 @@ class TrialBook:
             leftover.unlink(missing_ok=True)
         write_json(folder.config, spec.config.to_dict())
         own = {"study": spec.study, "number": spec.number, "recipe": spec.recipe}
-        own |= {"overrides": spec.overrides, "digest": spec.config.digest()}
+        own |= {"overrides": spec.overrides, "digest": spec.digest}
         write_json(folder.provenance, {**own, **self._provenance})
-        attrs: dict[str, Any] = {"digest": spec.config.digest()}
+        attrs: dict[str, Any] = {"digest": spec.digest}
         for verdict in verdicts:
             if verdict.predicted:
                 attrs[f"predicted.{verdict.name}"] = verdict.value

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from service.config import ServiceSettings
+from service.config import ServiceSettings, with_driver
 
 
 def study_dir(settings: ServiceSettings, study: str) -> Path:
@@ -14,7 +14,9 @@ def study_dir(settings: ServiceSettings, study: str) -> Path:
 
 def tracking_uri(settings: ServiceSettings) -> str:
     """The MLflow store in use; by default SQLite beside the studies."""
-    return settings.tracking_uri or f"sqlite:///{settings.out.absolute() / 'mlflow.db'}"
+    if settings.tracking_uri:
+        return with_driver(settings.tracking_uri)
+    return f"sqlite:///{settings.out.absolute() / 'mlflow.db'}"
 
 
 def artifact_root(settings: ServiceSettings) -> str | None:

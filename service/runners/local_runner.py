@@ -253,7 +253,7 @@ def _explain(trial: LocalTrial, code: int) -> tuple[RunState, str]:
     error = (
         f"{head}\n\nend of {log}:\n{tail}\n\n"
         f"trial {trial.spec.key}, attempt {trial.spec.attempt}, "
-        f"config {trial.spec.config.digest()}\n"
+        f"config {trial.spec.digest}\n"
         f"alone: caddie trial rerun {trial.spec.study} {trial.spec.number}"
     )
     return (RunState.OUT_OF_MEMORY if out_of_memory else RunState.FAILED), error

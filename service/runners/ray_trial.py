@@ -246,7 +246,7 @@ class RayTrial:
         error = (
             f"{head.rstrip()}\n\n"
             f"trial {self.spec.key}, attempt {self.spec.attempt}, "
-            f"config {self.spec.config.digest()}\n"
+            f"config {self.spec.digest}\n"
             f"logs: {', '.join([str(self.folder.log), *files])}\n"
             f"alone: caddie trial rerun {self.spec.study} {self.spec.number}"
         )

@@ -93,9 +93,9 @@ class MlflowMirror:
 
         self.target = mask_passwords(tracking_uri)
         self._study = study
-        self._study_id = study_id
+        self.study_id = study_id
         self._artifact_root = artifact_root
-        self._client: MlflowClient = MlflowClient(tracking_uri)
+        self.client: MlflowClient = MlflowClient(tracking_uri)
         self._experiment: str | None = None
         self._parent: str | None = None
 
@@ -120,125 +120,115 @@ class MlflowMirror:
 
     def open_study(self) -> None:
         """Mark the study's run as running, creating it when needed."""
-        self._client.update_run(self._parent_run(), status="RUNNING")
+        self.client.update_run(self.parent_run(), status="RUNNING")
 
     def close_study(self, pictures: Iterable[Path] = ()) -> None:
         """Mark the study's run as finished, with pictures of the whole study."""
         for picture in pictures:
-            self._client.log_artifact(self._parent_run(), str(picture))
-        self._client.set_terminated(self._parent_run(), status="FINISHED")
+            self.client.log_artifact(self.parent_run(), str(picture))
+        self.client.set_terminated(self.parent_run(), status="FINISHED")
 
     def _send_metrics(self, folder: Path, progress: Progress, run_id: str) -> Progress:
         while True:
             records, end = new_records(folder, progress.metric_bytes, RECORDS_PER_BATCH)
             if not records:
                 return progress
-            metrics = [metric for record in records for metric in _metrics_of(record)]
+            metrics = [metric for record in records for metric in metrics_of(record)]
             assert len(metrics) <= MAX_BATCH
             if metrics:
-                self._client.log_batch(run_id, metrics=metrics)
+                self.client.log_batch(run_id, metrics=metrics)
             progress = replace(progress, metric_bytes=end)
             write_progress(folder, progress)
 
     def _finish(self, folder: Path, entry: Entry, run_id: str) -> None:
         assert entry.ended is not None
-        files = TrialFolder(folder)
-        outcome = outcome_of(entry.state, entry.read_verdicts(), _launched(files, entry))
-        self._log_tags(
-            run_id,
-            {
-                "caddie.state": entry.state,
-                "verdict": outcome.verdict,
-                "reason": outcome.reason or "every constraint holds",
-            },
-        )
-        self._client.log_batch(run_id, metrics=_final_metrics(entry))
-        curve = write_curve(folder, run_name(entry))
-        names = (
-            files.config,
-            files.provenance,
-            files.metrics,
-            files.log,
-            files.verdicts,
-            files.result,
-            files.artifact,
-            *([curve] if curve is not None else []),
-        )
-        for file in names:
+        self._log_tags(run_id, end_tags(folder, entry))
+        self.client.log_batch(run_id, metrics=final_metrics(entry))
+        write_curve(folder, run_name(entry))
+        for file in mirrored_files(folder):
             if file.exists():
-                self._client.log_artifact(run_id, str(file))
-        self._client.set_terminated(
+                self.client.log_artifact(run_id, str(file))
+        self.client.set_terminated(
             run_id, status=RUN_STATUS.get(entry.state, "FAILED"), end_time=int(entry.ended * 1000)
         )
 
-    def _child_run(self, folder: Path, entry: Entry) -> str:
-        from mlflow.entities import Param
+    def resend(self, folder: Path, entry: Entry, run_id: str | None) -> None:
+        """Send all of an ended trial again: into a run that has it already, which adds what is
+        missing and puts tags and files right; or, without one, into a new run."""
+        if run_id is not None:
+            tags = {KEY_TAG: self.key(entry), **start_tags(entry, self.parent_run())}
+            self.client.update_run(run_id, name=run_name(entry))
+            self._log_tags(run_id, tags)
+            self._log_params(run_id, folder, entry)
+        write_progress(folder, Progress(self.target, entry.launch, run_id))
+        self.sync(folder, entry)
 
-        key = self._key(entry, entry.launch)
-        tags = {
-            "mlflow.parentRunId": self._parent_run(),
-            "mlflow.source.name": "caddie",
-            "caddie.study": entry.study,
-            "caddie.trial": str(entry.number),
-            "caddie.attempt": str(entry.attempt),
-            "caddie.recipe": entry.recipe,
-            "verdict": "running",
-        }
+    def key(self, entry: Entry) -> str:
+        """What names the run of an entry's launch, on any server."""
+        return f"{self.study_id}/{entry.number}/{entry.launch}"
+
+    def _child_run(self, folder: Path, entry: Entry) -> str:
+        key = self.key(entry)
+        tags = start_tags(entry, self.parent_run())
         run_id = self._find(key) or self._create(
             key, run_name(entry), tags, int(entry.started * 1000)
         )
-        params = [Param(name, value) for name, value in _params(folder, entry).items()]
-        for start in range(0, len(params), MAX_PARAMS):
-            self._client.log_batch(run_id, params=params[start : start + MAX_PARAMS])
+        self._log_params(run_id, folder, entry)
         return run_id
 
-    def _parent_run(self) -> str:
+    def _log_params(self, run_id: str, folder: Path, entry: Entry) -> None:
+        from mlflow.entities import Param
+
+        params = [Param(name, value) for name, value in params_of(folder, entry).items()]
+        for start in range(0, len(params), MAX_PARAMS):
+            self.client.log_batch(run_id, params=params[start : start + MAX_PARAMS])
+
+    def parent_run(self) -> str:
+        """Id of the study's run, which is made when it is missing."""
         if self._parent is None:
             tags = {"caddie.study": self._study, "mlflow.source.name": "caddie"}
-            self._parent = self._find(self._study_id) or self._create(
-                self._study_id, self._study, tags, None
+            self._parent = self._find(self.study_id) or self._create(
+                self.study_id, self._study, tags, None
             )
         return self._parent
 
     def _drop_earlier(self, entry: Entry) -> None:
         """Delete the runs of launches whose files are gone."""
         for launch in range(1, entry.launch):
-            run_id = self._find(self._key(entry, launch))
+            run_id = self._find(self.key(replace(entry, launch=launch)))
             if run_id is not None:
-                self._client.delete_run(run_id)
-
-    def _key(self, entry: Entry, launch: int) -> str:
-        return f"{self._study_id}/{entry.number}/{launch}"
+                self.client.delete_run(run_id)
 
     def _find(self, key: str) -> str | None:
-        runs = self._client.search_runs(
-            [self._experiment_id()], filter_string=f"tags.`{KEY_TAG}` = '{key}'", max_results=1
+        runs = self.client.search_runs(
+            [self.experiment_id()], filter_string=f"tags.`{KEY_TAG}` = '{key}'", max_results=1
         )
         return str(runs[0].info.run_id) if runs else None
 
     def _create(self, key: str, name: str, tags: dict[str, str], start_time: int | None) -> str:
-        run = self._client.create_run(
-            self._experiment_id(),
+        run = self.client.create_run(
+            self.experiment_id(),
             start_time=start_time,
             tags={KEY_TAG: key, **tags},
             run_name=name,
         )
         return str(run.info.run_id)
 
-    def _experiment_id(self) -> str:
+    def experiment_id(self) -> str:
+        """Of the experiment of all studies, which is made when it is missing."""
         if self._experiment is None:
             from mlflow.exceptions import MlflowException
 
-            found = self._client.get_experiment_by_name(EXPERIMENT)
+            found = self.client.get_experiment_by_name(EXPERIMENT)
             if found is not None:
                 self._experiment = found.experiment_id
                 return self._experiment
             try:
-                self._experiment = self._client.create_experiment(
+                self._experiment = self.client.create_experiment(
                     EXPERIMENT, self._artifact_root, EXPERIMENT_TAGS
                 )
             except MlflowException:  # another sweep was quicker
-                found = self._client.get_experiment_by_name(EXPERIMENT)
+                found = self.client.get_experiment_by_name(EXPERIMENT)
                 if found is None:
                     raise
                 self._experiment = found.experiment_id
@@ -247,7 +237,7 @@ class MlflowMirror:
     def _log_tags(self, run_id: str, tags: dict[str, str]) -> None:
         from mlflow.entities import RunTag
 
-        self._client.log_batch(
+        self.client.log_batch(
             run_id, tags=[RunTag(name, value[:5000]) for name, value in tags.items()]
         )
 
@@ -263,7 +253,46 @@ def run_name(entry: Entry, max_chars: int = 120) -> str:
     return name if len(name) <= max_chars else name[: max_chars - 3] + "..."
 
 
-def _params(folder: Path, entry: Entry) -> dict[str, str]:
+def start_tags(entry: Entry, parent: str) -> dict[str, str]:
+    """Tags of a trial's run from its start on; `parent` is the run of its study."""
+    return {
+        "mlflow.parentRunId": parent,
+        "mlflow.source.name": "caddie",
+        "caddie.study": entry.study,
+        "caddie.trial": str(entry.number),
+        "caddie.attempt": str(entry.attempt),
+        "caddie.recipe": entry.recipe,
+        "verdict": "running",
+    }
+
+
+def end_tags(folder: Path, entry: Entry) -> dict[str, str]:
+    """Tags that an ended trial's run has beside those."""
+    launched = entry.result is not None or TrialFolder(folder).metrics.exists()
+    outcome = outcome_of(entry.state, entry.read_verdicts(), launched)
+    return {
+        "caddie.state": entry.state,
+        "verdict": outcome.verdict,
+        "reason": outcome.reason or "every constraint holds",
+    }
+
+
+def mirrored_files(folder: Path) -> list[Path]:
+    """Files of a trial that its run keeps copies of, where they exist."""
+    files = TrialFolder(folder)
+    return [
+        files.config,
+        files.provenance,
+        files.metrics,
+        files.log,
+        files.verdicts,
+        files.result,
+        files.artifact,
+        folder / "curve.svg",
+    ]
+
+
+def params_of(folder: Path, entry: Entry) -> dict[str, str]:
     config_file = TrialFolder(folder).config
     settings: dict[str, Any] = {"recipe": entry.recipe, "workers": entry.workers}
     if config_file.exists():
@@ -273,7 +302,7 @@ def _params(folder: Path, entry: Entry) -> dict[str, str]:
     return {_metric_name(name): str(value)[:MAX_PARAM_CHARS] for name, value in settings.items()}
 
 
-def _metrics_of(record: dict[str, Any]) -> list[Metric]:
+def metrics_of(record: dict[str, Any]) -> list[Metric]:
     from mlflow.entities import Metric
 
     names = {"step": STEP_METRICS, "val": VAL_METRICS}.get(record["kind"], ())
@@ -285,7 +314,7 @@ def _metrics_of(record: dict[str, Any]) -> list[Metric]:
     ]
 
 
-def _final_metrics(entry: Entry) -> list[Metric]:
+def final_metrics(entry: Entry) -> list[Metric]:
     """Results, phase seconds, bytes and constraints; at step 0, once per trial."""
     from mlflow.entities import Metric
 
@@ -322,7 +351,3 @@ def _final_metrics(entry: Entry) -> list[Metric]:
 def _metric_name(name: str) -> str:
     """MLflow allows letters, digits and _-./ and blanks."""
     return re.sub(r"[^\w\-./ ]", "_", name)
-
-
-def _launched(files: TrialFolder, entry: Entry) -> bool:
-    return entry.result is not None or files.metrics.exists()

@@ -62,7 +62,7 @@ class MlflowTracker:
         study_dir.mkdir(parents=True, exist_ok=True)
         self._study = study
         self._study_dir = study_dir
-        self._study_id = _study_id(study_dir)
+        self._study_id = study_id(study_dir)
         self._uri = tracking_uri
         self._shown_uri = mask_passwords(tracking_uri)
         self._artifact_root = artifact_root
@@ -200,11 +200,15 @@ def quiet_mlflow() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def _study_id(study_dir: Path) -> str:
-    """Unique name of this study wherever it is mirrored; made once, kept in its folder."""
+def study_id(study_dir: Path, lost: str | None = None) -> str:
+    """Unique name of this study wherever it is mirrored; made once, kept in its folder.
+
+    Args:
+        lost: What it was, when that is known and the file is gone.
+    """
     path = study_dir / "study_id"
     if not path.exists():
         partial = path.with_suffix(".partial")
-        partial.write_text(uuid.uuid4().hex)
+        partial.write_text(lost or uuid.uuid4().hex)
         os.replace(partial, path)
     return path.read_text().strip()
