@@ -34,6 +34,8 @@ from service.policies import (
     Policy,
     Streak,
     ending,
+    hung_error,
+    is_hung,
     is_overdue,
     num_to_launch,
     should_report,
@@ -42,6 +44,7 @@ from service.run import Run
 from service.runners.base import Demand, Runner, RunState, Update
 from service.spending import Spending
 from service.status import RunningTrial, SweepStatus, status_of
+from service.steady_clock import SteadyClock
 from service.study import (
     CONFIRMS,
     STORAGE_FAULTS,
@@ -82,7 +85,8 @@ class Scheduler:
             limit. No trial is asked for that is expected to pass it.
         policy: Limits and periods.
         provenance: From service.provenance.collect.
-        clock: Wall-clock seconds, comparable between hosts and with the runner's records.
+        clock: Unix seconds that nobody puts forward or back; None = such a clock. The lease of a
+            study, which other hosts read, keeps to the machine's own.
 
     Raises:
         StudyBusyError: Another live driver works on this study.
@@ -106,7 +110,7 @@ class Scheduler:
         max_gpu_s: float | None = None,
         policy: Policy | None = None,
         provenance: Mapping[str, Any] | None = None,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] | None = None,
     ) -> None:
         track = track or TRACKS[space.track]
         if runner.total_slots(demand) < 1:
@@ -125,8 +129,9 @@ class Scheduler:
         self._num_trials = num_trials
         self._policy = policy or Policy()
         self._teller = Teller(self._judge, self._policy)
+        self._lease = DriverLease(study, clock or time.time)
+        clock = clock or SteadyClock()
         self._clock = clock
-        self._lease = DriverLease(study, clock)
         self._spending = Spending(study, runner, demand, track, max_gpu_s, clock)
         self._book = TrialBook(
             study=study,
@@ -352,7 +357,7 @@ class Scheduler:
     def _attend(self, run: Run) -> None:
         if run.final is None:
             update = self._runner.poll(run.number)
-            run.hear(update)
+            run.hear(update, self._clock())
             if update.events:
                 self._book.heard(run.spec, update.events)
                 self._report(run)
@@ -382,8 +387,17 @@ class Scheduler:
                 self._cancel(run, "did not stop when asked")
         elif is_overdue(run.spec.config.budget, running_s, self._policy):
             self._cancel(run, f"cancelled: no result {running_s:.0f} s after launch")
+        elif self._is_hung(run, running_s):
+            silent_s = now - (run.heard_at or run.submitted_at)
+            self._cancel(run, hung_error(run.is_training, silent_s))
         elif judge:
             self._judge_running(run)
+
+    def _is_hung(self, run: Run, running_s: float) -> bool:
+        if run.steps and not run.is_training:
+            return False
+        silent_s = self._clock() - run.heard_at
+        return is_hung(run.is_training, silent_s, run.longest_gap_s, running_s, self._policy)
 
     def _judge_running(self, run: Run) -> None:
         verdicts, broken = self._judge.while_running(run.spec, run.steps)
@@ -394,7 +408,7 @@ class Scheduler:
             self._runner.request_stop(run.number, broken.reason)
 
     def _cancel(self, run: Run, error: str) -> None:
-        self._runner.cancel(run.number)
+        self._runner.cancel(run.number, hung=True)
         run.final = Update(RunState.FAILED, error=error)
         self._conclude(run, run.final)
 

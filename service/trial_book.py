@@ -199,7 +199,7 @@ class TrialBook:
         verdicts: Sequence[Verdict],
         outcome: Outcome,
     ) -> None:
-        reason = outcome.reason or _last_line(ending.error)
+        reason = outcome.reason or gist(ending.error)
         attrs: dict[str, Any] = {"verdict": outcome.verdict, "reason": reason}
         attrs |= _result_attrs(ending.result)
         attrs |= {"spent_s": ending.spent_s, "saved_s": ending.saved_s, **ending.timings}
@@ -321,6 +321,7 @@ def _set_attrs(trial: optuna.Trial, attrs: Mapping[str, Any]) -> None:
             trial.set_user_attr(name, value)
 
 
-def _last_line(error: str | None) -> str:
-    lines = (error or "").strip().splitlines()
-    return lines[-1][:500] if lines else ""
+def gist(error: str | None) -> str:
+    """The line of an error that says what is wrong: the first, but of a traceback the last."""
+    lines = (error or "").strip().splitlines() or [""]
+    return lines[-1 if lines[0].startswith("Traceback") else 0][:500]
