@@ -32,6 +32,8 @@ from trainer.report import TrainResult
 logger = logging.getLogger(__name__)
 TOLD_FILE = "told.json"
 MAX_ERROR_CHARS = 4000
+PROBE_BYTES = 16384
+"""Room that a trial's records need at the least."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,14 @@ class TrialBook:
             gpus_per_worker=demand.gpus_per_worker,
         )
         return spec, fault
+
+    def check_disk(self) -> None:
+        """Raises OSError when the study's disk has no room for the files of a trial."""
+        probe = self._study_dir / ".room"
+        try:
+            probe.write_bytes(bytes(PROBE_BYTES))
+        finally:
+            probe.unlink(missing_ok=True)
 
     def folder(self, number: int) -> TrialFolder:
         """Where a trial's files are."""

@@ -108,7 +108,7 @@ def test_a_storage_that_stays_away_ends_the_sweep_with_a_remedy(
     with monkeypatch.context() as patch:
         patch.setattr("service.lease.DriverLease._write", gone)
         patch.setattr("service.scheduler.stop_grace", gone)
-        with pytest.raises(StorageError, match="has not answered for 20 s; run the same command"):
+        with pytest.raises(StorageError, match="does not answer, for 20 s now; run"):
             sweep.run()
     sweep.scheduler.close()
     assert "RUNNING" not in sweep.states()
