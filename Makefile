@@ -7,10 +7,10 @@ TRIALS ?= 12
 STUDY ?= demo
 OUT ?= caddie-runs
 
-.PHONY: help install demo test check clean
+.PHONY: help install demo test test-faults check clean
 
 help: ## list the targets
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | column -t -s '	'
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | column -t -s '	'
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -29,6 +29,9 @@ demo: install ## a real sweep on this machine (TRIALS=12, NEW=1 for a fresh stud
 # Two files at a time: much of the service's tests is waiting for processes.
 test: install ## the whole CPU test suite
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+test-faults: install ## nodes, heads and drivers that die, on real clusters here (some minutes)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m faults tests/service_tests
 
 check: install ## ruff, ruff format, mypy, import-linter
 	@$(BIN)/ruff check .

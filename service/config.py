@@ -50,6 +50,9 @@ class ServiceSettings(Settings):
     """How often a trial is tried when it fails through nobody's choice."""
     grace_seconds: NonNegativeFloat = 60.0
     """How long running trials may go on after the sweep was asked to stop."""
+    hang_seconds: NonNegativeFloat = 300.0
+    """A trial that trains and reports no step for this long is killed and tried again; never less
+    than ten times what its steps take between two reports. 0 = never."""
     max_gpu_hours: PositiveFloat | None = None
     """GPU-hours (worker-hours without GPUs) that trials of a study may hold in all, failed attempts
     included; no trial is started that is expected to pass them. None = no limit."""

@@ -32,6 +32,8 @@ from trainer.report import TrainResult
 logger = logging.getLogger(__name__)
 TOLD_FILE = "told.json"
 MAX_ERROR_CHARS = 4000
+PROBE_BYTES = 16384
+"""Room that a trial's records need at the least."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,14 @@ class TrialBook:
         )
         return spec, fault
 
+    def check_disk(self) -> None:
+        """Raises OSError when the study's disk has no room for the files of a trial."""
+        probe = self._study_dir / ".room"
+        try:
+            probe.write_bytes(bytes(PROBE_BYTES))
+        finally:
+            probe.unlink(missing_ok=True)
+
     def folder(self, number: int) -> TrialFolder:
         """Where a trial's files are."""
         return TrialFolder(trial_folder(self._study_dir, number))
@@ -199,7 +209,7 @@ class TrialBook:
         verdicts: Sequence[Verdict],
         outcome: Outcome,
     ) -> None:
-        reason = outcome.reason or _last_line(ending.error)
+        reason = outcome.reason or gist(ending.error)
         attrs: dict[str, Any] = {"verdict": outcome.verdict, "reason": reason}
         attrs |= _result_attrs(ending.result)
         attrs |= {"spent_s": ending.spent_s, "saved_s": ending.saved_s, **ending.timings}
@@ -321,6 +331,7 @@ def _set_attrs(trial: optuna.Trial, attrs: Mapping[str, Any]) -> None:
             trial.set_user_attr(name, value)
 
 
-def _last_line(error: str | None) -> str:
-    lines = (error or "").strip().splitlines()
-    return lines[-1][:500] if lines else ""
+def gist(error: str | None) -> str:
+    """The line of an error that says what is wrong: the first, but of a traceback the last."""
+    lines = (error or "").strip().splitlines() or [""]
+    return lines[-1 if lines[0].startswith("Traceback") else 0][:500]

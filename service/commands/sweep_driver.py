@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from search_spaces import Space
     from search_spaces.tracks import Track
     from service.live import LiveTable
+    from service.policies import Policy
     from service.runners.base import Runner
     from service.scheduler import Scheduler
     from service.tracking.base import Tracker
@@ -138,7 +139,6 @@ def draw_picture(plan: Plan, study: optuna.Study) -> None:
 
 def _make_scheduler(plan: Plan, study: optuna.Study, live: LiveTable) -> Scheduler:
     from service.filters import default_filters
-    from service.policies import Policy
     from service.provenance import collect
     from service.runners.base import Demand
     from service.scheduler import Scheduler
@@ -162,7 +162,7 @@ def _make_scheduler(plan: Plan, study: optuna.Study, live: LiveTable) -> Schedul
             track=plan.track,
             overrides=plan.overrides,
             max_gpu_s=settings.max_gpu_s,
-            policy=Policy(max_attempts=settings.max_attempts),
+            policy=policy_of(settings),
             provenance=provenance,
         )
     except BaseException:
@@ -170,6 +170,13 @@ def _make_scheduler(plan: Plan, study: optuna.Study, live: LiveTable) -> Schedul
         for tracker in trackers:
             tracker.close(0.0)
         raise
+
+
+def policy_of(settings: ServiceSettings) -> Policy:
+    """The limits that the settings name; the others as they are."""
+    from service.policies import Policy
+
+    return Policy(max_attempts=settings.max_attempts, silence_s=settings.hang_seconds)
 
 
 def make_runner(settings: ServiceSettings) -> Runner:
@@ -180,7 +187,7 @@ def make_runner(settings: ServiceSettings) -> Runner:
         return LocalRunner()
     from service.runners.ray_runner import RayRunner
 
-    return RayRunner(settings.address)
+    return RayRunner(settings.address, policy=policy_of(settings))
 
 
 def trackers_of(study: str, settings: ServiceSettings, live: LiveTable) -> list[Tracker]:

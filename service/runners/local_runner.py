@@ -36,7 +36,12 @@ TERM_GRACE_S = 5.0
 """How long torchrun may take to end its ranks before they are killed."""
 LOG_TAIL_LINES = 60
 """How much of train.log an error repeats."""
-OUT_OF_MEMORY_MARKS = ("OutOfMemoryError", "MemoryError", "CUDA out of memory")
+OUT_OF_MEMORY_MARKS = (
+    "OutOfMemoryError",
+    "MemoryError",
+    "CUDA out of memory",
+    "can't allocate memory",
+)
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _PR_SET_PDEATHSIG = 1
@@ -165,7 +170,7 @@ class LocalRunner:
         partial.write_text(reason + "\n")
         partial.replace(stop)
 
-    def cancel(self, number: int) -> None:
+    def cancel(self, number: int, hung: bool = False) -> None:
         trial = self._trial(number)
         del self._trials[number]
         trial.ending = threading.Thread(target=trial.end, name=f"end {trial.spec.key}")

@@ -46,6 +46,8 @@ class WorkerInfo:
     placement_group: PlacementGroup | None
     log: str
     """File on `host` with the worker's standard error."""
+    process: str = ""
+    """Its name as service.runners.processes has it."""
 
 
 @dataclass(frozen=True)

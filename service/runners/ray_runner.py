@@ -18,7 +18,10 @@ import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from service.errors import RunnerError
-from service.runners.base import Demand, Update
+from service.policies import Policy
+from service.quarantine import Quarantine
+from service.runners.base import Demand, RunState, Update
+from service.runners.ray_cleaning import Cleaning
 from service.runners.ray_cluster import (
     connect,
     gang_resources,
@@ -47,16 +50,19 @@ class RayRunner:
         num_cpus: int | None = None,
         num_gpus: int | None = None,
         train: str = "trainer.loop:train",
+        policy: Policy | None = None,
     ) -> None:
         """Join the cluster at `address` or RAY_ADDRESS, else start one limited to num_cpus and
-        num_gpus in this process. `train` is the import path of the train function. Raises
-        RunnerError."""
+        num_gpus in this process. `train` is the import path of the train function, `policy` says
+        when a node is quarantined. Raises RunnerError."""
         self._cluster = connect(address, num_cpus, num_gpus)
         self._train = train
         self._mailbox = _start_mailbox()
         self._trials: dict[int, RayTrial] = {}
         self._draining: list[RayTrial] = []
         self._parting: list[RayTrial] = []
+        self._quarantine = Quarantine(policy or Policy(), time.monotonic)
+        self._cleaning = Cleaning(self._quarantine, ray.get_runtime_context().get_node_id())
         self._stops: dict[str, str] = {}
         self._lock = threading.Lock()
         self._closing = threading.Event()
@@ -64,15 +70,27 @@ class RayRunner:
         self._pump_thread.start()
 
     def free_slots(self, demand: Demand) -> int:
-        """How many gangs fit now: by Ray's own account, which is up to a second old, and by ours,
-        which knows what is under way but not who else uses the cluster."""
+        """How many gangs fit now on nodes that are open: by Ray's own account, which is up to a
+        second old, and by ours, which knows what is under way but not who else uses the cluster."""
         with self._lock:
             mine = [*self._trials.values(), *self._draining]
         seen_by_ray = nodes_available()
         _occupy(seen_by_ray, (trial.demand for trial in mine if not trial.workers))
         ours = nodes_total()
         _occupy(ours, (trial.demand for trial in mine))
+        for node in self._closed(demand):
+            seen_by_ray.pop(node, None)
+            ours.pop(node, None)
         return min(_num_gangs(seen_by_ray, demand), _num_gangs(ours, demand))
+
+    def _closed(self, demand: Demand) -> set[str]:
+        """Nodes that take no gang now. A node's failures close it only while another one could take
+        the gang: where there is no choice the sweep goes on, and ends by its own rule."""
+        failing = set(self._quarantine.closed_until())
+        others = {name: node for name, node in nodes_total().items() if name not in failing}
+        if _num_gangs(others, demand) == 0:
+            failing = set()
+        return failing | self._quarantine.unclean_nodes()
 
     def total_slots(self, demand: Demand) -> int:
         return _num_gangs(nodes_total(), demand)
@@ -88,7 +106,9 @@ class RayRunner:
         if spec.number in self._trials:
             raise RunnerError(f"trial {spec.key} runs already; poll it to its end, or cancel it")
         with self._lock:
-            self._trials[spec.number] = RayTrial(spec, demand, self._mailbox, self._train)
+            self._trials[spec.number] = RayTrial(
+                spec, demand, self._mailbox, self._train, self._closed(demand)
+            )
 
     def poll(self, number: int) -> Update:
         trial = self._trial(number)
@@ -103,8 +123,10 @@ class RayRunner:
         self._stops[trial.key] = reason
         self._mailbox.stop.remote(trial.key, reason)
 
-    def cancel(self, number: int) -> None:
+    def cancel(self, number: int, hung: bool = False) -> None:
         trial = self._trial(number)
+        if hung and trial.node is not None:
+            self._quarantine.failed(trial.node)
         with self._lock:
             del self._trials[number]
             self._draining.append(trial)
@@ -119,12 +141,16 @@ class RayRunner:
         for number in list(self._trials):
             self.cancel(number)
         deadline = time.monotonic() + CLOSE_TIMEOUT_S
-        while (self._draining or self._parting) and time.monotonic() < deadline:
+        while self._is_ending() and time.monotonic() < deadline:
             time.sleep(0.05)
         self._closing.set()
         self._pump_thread.join(MAILBOX_TIMEOUT_S)
         ray.kill(self._mailbox)
         self._cluster.disconnect()
+
+    def _is_ending(self) -> bool:
+        """Whether something of a trial is still there."""
+        return bool(self._draining or self._parting or self._cleaning.is_busy)
 
     def _trial(self, number: int) -> RayTrial:
         if number not in self._trials:
@@ -142,10 +168,25 @@ class RayRunner:
                     trials[key].absorb(news)
             for trial in ended:
                 trial.settle()
+                self._judge_node(trial)
                 self._stops.pop(trial.key, None)
+            self._cleaning.look()
             self._parting = [t for t in [*self._parting, *ended] if not t.is_gone()]
             with self._lock:
                 self._draining = [trial for trial in self._draining if not trial.settled]
+
+    def _judge_node(self, trial: RayTrial) -> None:
+        """What the end of an attempt says of its node."""
+        node = trial.node
+        if node is None or trial.is_drivers_fault:
+            return
+        if trial.state is RunState.FINISHED:
+            self._quarantine.ended_well(node)
+            return
+        if trial.state is RunState.FAILED:
+            self._quarantine.failed(node)
+        names = [worker.process for worker in trial.workers.values() if worker.process]
+        self._cleaning.begin(trial.key, node, names)
 
     def _collect(self, trials: dict[str, RayTrial], wait_s: float) -> dict[str, News]:
         stops = {key: reason for key, reason in list(self._stops.items()) if key in trials}

@@ -12,6 +12,7 @@ import shutil
 import threading
 import time
 from collections import deque
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,15 @@ class LeanTorchTrainer(TorchTrainer):
 class RayTrial:
     """A submitted trial."""
 
-    def __init__(self, spec: TrialSpec, demand: Demand, mailbox: Any, train: str) -> None:
+    def __init__(
+        self,
+        spec: TrialSpec,
+        demand: Demand,
+        mailbox: Any,
+        train: str,
+        avoid: Iterable[str] = (),
+    ) -> None:
+        """Start it, on any node but those to avoid (Ray's ids)."""
         self.spec = spec
         self.demand = demand
         self.key = f"{spec.key}/{spec.attempt}"
@@ -75,6 +84,7 @@ class RayTrial:
             "config": _with_absolute_data_dir(spec),
             "train": train,
         }
+        self._avoid = sorted(avoid)
         self._storage = spec.folder / "ray"
         self._outcome: dict[str, Any] | BaseException | None = None
         self._failures: list[WorkerFailure] = []
@@ -94,6 +104,21 @@ class RayTrial:
         """Whether Ray Train is done with it and has freed its workers."""
         return not self._thread.is_alive()
 
+    @property
+    def node(self) -> str | None:
+        """Ray's id of the node of its gang; None = no worker has been heard of."""
+        return next((worker.node for worker in self.workers.values()), None)
+
+    @property
+    def state(self) -> RunState:
+        """Where it stands; the final state once it is settled."""
+        return self._final.state if self._final is not None else self._state
+
+    @property
+    def is_drivers_fault(self) -> bool:
+        """Whether it failed because the driver could not write down what it said."""
+        return self._write_error is not None
+
     def _fit(self) -> None:
         introduce: Any = IntroduceController(self.key, self._job["mailbox"])
         try:
@@ -105,6 +130,7 @@ class RayTrial:
                     use_gpu=self.demand.gpus_per_worker > 0,
                     resources_per_worker=gang_resources(self.demand),
                     placement_strategy="STRICT_PACK",
+                    label_selector=_all_but(self._avoid),
                 ),
                 run_config=RunConfig(
                     name="train",
@@ -167,6 +193,9 @@ class RayTrial:
             try:
                 self._final = self._finish()
             except Exception as error:
+                self._write_error = self._write_error or (
+                    error if isinstance(error, OSError) else None
+                )
                 self._final = self._fail(f"{type(error).__name__}: {error}", RunState.FAILED, [])
         self._drop_storage()
         self._kill_at = time.monotonic() + EXIT_GRACE_S
@@ -279,6 +308,11 @@ class RayTrial:
                 if placement_group_table(group).get("state") not in (None, "REMOVED"):
                     remove_placement_group(group)
                 return
+
+
+def _all_but(nodes: list[str]) -> dict[str, str] | None:
+    """Ray's selector of all other nodes."""
+    return {"ray.io/node-id": f"!in({','.join(nodes)})"} if nodes else None
 
 
 def _with_absolute_data_dir(spec: TrialSpec) -> dict[str, Any]:

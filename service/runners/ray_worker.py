@@ -23,11 +23,15 @@ from ray.train import Checkpoint
 from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.util.placement_group import get_current_placement_group
 
+from service.runners.processes import TRIAL, name_of
 from service.runners.ray_mailbox import CONTROLLER, MailboxReporter, WorkerFailure, WorkerInfo
 from trainer.compile_cache import use_compile_cache
 from trainer.config import TrainConfig
 from trainer.errors import DataError
 from trainer.report import NullReporter, TrainResult
+
+NO_HOST_MEMORY = "can't allocate memory"
+"""How torch words, in a plain RuntimeError, that the host refuses memory to a tensor."""
 
 
 class IntroduceController(ControllerCallback):
@@ -49,6 +53,7 @@ def run_trial(job: dict[str, Any]) -> dict[str, Any]:
     """
     rank = ray.train.get_context().get_world_rank()
     key, mailbox = job["key"], job["mailbox"]
+    os.environ[TRIAL] = key  # what this worker starts is found by it
     if not ray.get(mailbox.register.remote(key, introduce(rank))):
         raise RuntimeError("the trial was cancelled before it started")
     try:
@@ -116,6 +121,7 @@ def introduce(rank: int) -> WorkerInfo:
         actor=ray.get_runtime_context().current_actor,
         placement_group=get_current_placement_group(),
         log=os.readlink("/proc/self/fd/2"),
+        process=name_of(os.getpid()) or "",
     )
 
 
@@ -134,4 +140,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether the device or the host had no memory left for what was asked."""
     import torch  # here: the driver imports this module too, and starts faster without torch
 
-    return isinstance(error, torch.OutOfMemoryError | MemoryError)
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and NO_HOST_MEMORY in str(error)
