@@ -33,6 +33,8 @@ MARK = "CADDIE_TEST_STACK"
 BIN = Path(sys.executable).parent
 UNPUBLISHED = (5432, 6379, 10001, 52365)
 """Ports inside the containers that the file does not publish."""
+STOP_S = 10.0
+"""As long as Docker waits."""
 NOT_INHERITED = re.compile("RAY_|MLFLOW_|PG|CADDIE_")
 LOOPBACK = ("127.0.0.1", "::1", "::ffff:127.0.0.1")
 
@@ -191,16 +193,14 @@ class Stack:
         ).stdout
 
     def stop(self) -> None:
-        """End every process of the stack, the last started first."""
-        for process in reversed(self._processes.values()):
-            if process.poll() is None:
-                process.send_signal(signal.SIGTERM)
-                try:
-                    process.wait(30)
-                except subprocess.TimeoutExpired:
-                    process.kill()
-        deadline = time.monotonic() + 10
+        """End every process of the stack: asked politely, then for good."""
+        polite = [each for each in self._processes.values() if each.poll() is None]
+        for process in reversed(polite):
+            process.send_signal(signal.SIGTERM)
+        deadline = time.monotonic() + STOP_S
         while self.processes() and time.monotonic() < deadline:
+            for process in polite:
+                process.poll()
             time.sleep(0.2)
         kill(self.processes())
 
