@@ -11,6 +11,7 @@ import re
 import secrets
 import subprocess
 import sys
+import time
 import tomllib
 import urllib.error
 import urllib.request
@@ -24,11 +25,12 @@ from packaging.version import Version
 
 from service.runners.processes import kill, marked
 from tests.deploy_tests.compose_stack import NOT_INHERITED, free_port
-from tests.service_tests.runner_trials import wait_until
 
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "deploy" / "docker"
 MARK = "CADDIE_TEST_IMAGE"
+START_S = 240.0
+"""A first start compiles all modules and makes two databases."""
 
 
 def requirements(path: Path) -> list[Requirement]:
@@ -148,11 +150,10 @@ def test_servers_in_a_clean_environment_ask_for_a_password(tmp_path: Path) -> No
     try:
         url = f"http://127.0.0.1:{port}"
 
-        def is_up() -> bool:
-            assert server.poll() is None, log.read_text()
-            return answer(f"{url}/health") == 200
-
-        wait_until(is_up)
+        deadline = time.monotonic() + START_S
+        while answer(f"{url}/health") != 200:
+            assert server.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.5)
         question = f"{url}/api/2.0/mlflow/experiments/get?experiment_id=0"
         assert answer(question) == 401
         assert answer(question, user=("admin", "wrong")) == 401
