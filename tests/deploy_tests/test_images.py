@@ -170,7 +170,7 @@ def install(folder: Path) -> Path:
     """Do what the second stage of servers.Dockerfile does; its interpreter. Skips without
     a package index."""
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-    pip = [folder / "bin" / "pip", "install", "--quiet", "--no-compile"]
+    pip = [folder / "bin" / "pip", "install", "--quiet"]
     files = ["-c", ROOT / "constraints.txt", "-r", DOCKER / "servers.txt"]
     done = subprocess.run([*pip, *files], capture_output=True, text=True)
     if done.returncode and re.search("Max retries|Could not find a version", done.stderr):
