@@ -7,7 +7,7 @@ TRIALS ?= 12
 STUDY ?= demo
 OUT ?= caddie-runs
 
-.PHONY: help install demo test test-faults check clean
+.PHONY: help install demo test test-faults check audit clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | column -t -s '	'
@@ -39,5 +39,9 @@ check: install ## ruff, ruff format, mypy, import-linter
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-cache
 
+audit: ## known vulnerabilities of the pinned versions, by pip-audit (asks PyPI)
+	@test -x .audit/bin/pip-audit || { $(PYTHON) -m venv .audit && .audit/bin/pip install --quiet pip-audit; }
+	@.audit/bin/pip-audit --strict --no-deps --disable-pip --requirement constraints.txt
+
 clean: ## remove the environment and caches, not your runs
-	@rm -rf $(VENV) *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	@rm -rf $(VENV) .audit *.egg-info .mypy_cache .ruff_cache .pytest_cache
