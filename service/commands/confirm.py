@@ -217,7 +217,7 @@ class _Question:
                 f"{self._trial}; their losses cannot be compared. Give both the same --data"
             )
         if study not in trackers:
-            trackers[study] = trackers_of(study, settings, live)
+            trackers[study] = trackers_of(loaded, settings, live)
         recipe = loaded.user_attrs["recipe"]
         base = RECIPES[recipe].build()
         given = {SEED_PATH, *frozen.params}
