@@ -26,10 +26,14 @@ MLFLOW_URL = "http://127.0.0.1:5000"
 ENVIRONMENT = {"tracking_uri": "MLFLOW_TRACKING_URI", "address": "RAY_ADDRESS"}
 
 
+PathSetting = Annotated[Path, Field(strict=False)]
+"""A path, or the string that TOML has for one."""
+
+
 class ServiceSettings(Settings):
     """How sweeps run here. Keys of caddie.toml are the fields' names."""
 
-    out: Path = Path("caddie-runs")
+    out: PathSetting = Path("caddie-runs")
     """Folder of studies: STUDY/trial-00007/ and, by default, the databases."""
     storage: str | None = None
     """Optuna storage URL; None = SQLite in `out`."""
@@ -44,7 +48,7 @@ class ServiceSettings(Settings):
     """Ray cluster; None = start one on this machine."""
     runner: Literal["ray", "local"] = "ray"
     """"ray": TorchTrainer on a cluster. "local": torchrun on this machine."""
-    data: Path | None = None
+    data: PathSetting | None = None
     """Folder of shards and tokenizer; None = the embedded corpus."""
     trials: PositiveInt = 12
     """Trials told COMPLETE or PRUNED in all, over every run of the study."""

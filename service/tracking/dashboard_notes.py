@@ -48,7 +48,7 @@ class DashboardNotes:
         lines = [f"**{outcome.verdict}**" + (f": {outcome.reason}" if outcome.reason else "")]
         if result is not None and result.val_bpb is not None:
             lines.append(f"{result.val_bpb:.4f} bits per byte, {result.bytes_total:,} bytes")
-        lines.append(f"`caddie trial show {spec.study} {spec.number}`; files in `{spec.folder}`")
+        lines.append(f"`caddie trial show {spec.study} {spec.number}`")
         self._write(spec, "\n\n".join(lines))
         self._add_links()
 
