@@ -7,7 +7,7 @@ TRIALS ?= 12
 STUDY ?= demo
 OUT ?= caddie-runs
 
-.PHONY: help install demo test test-faults check audit clean
+.PHONY: help install demo docs test test-faults check audit clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | column -t -s '	'
@@ -25,6 +25,9 @@ install: $(VENV)/.installed ## make .venv with everything pinned
 
 demo: install ## a real sweep on this machine (TRIALS=12, NEW=1 for a fresh study)
 	@$(BIN)/caddie sweep run smoke --study $(STUDY) --trials $(TRIALS) --workers-per-trial 2 --out $(OUT) $(if $(NEW),--new)
+
+docs: install ## the pages of docs/ as a site, in site/
+	@$(BIN)/mkdocs build --quiet --site-dir site
 
 # Two files at a time: much of the service's tests is waiting for processes.
 test: install ## the whole CPU test suite

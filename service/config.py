@@ -21,23 +21,34 @@ from service.errors import UsageError
 from trainer.config import Settings, describe_faults
 
 FILE = "caddie.toml"
+MLFLOW_URL = "http://127.0.0.1:5000"
+"""Where `caddie ui` serves it, unless that port is taken."""
 ENVIRONMENT = {"tracking_uri": "MLFLOW_TRACKING_URI", "address": "RAY_ADDRESS"}
+
+
+PathSetting = Annotated[Path, Field(strict=False)]
+"""A path, or the string that TOML has for one."""
 
 
 class ServiceSettings(Settings):
     """How sweeps run here. Keys of caddie.toml are the fields' names."""
 
-    out: Path = Path("caddie-runs")
+    out: PathSetting = Path("caddie-runs")
     """Folder of studies: STUDY/trial-00007/ and, by default, the databases."""
     storage: str | None = None
     """Optuna storage URL; None = SQLite in `out`."""
     tracking_uri: str | None = None
     """MLflow server or database; None = SQLite in `out`."""
+    mlflow_url: str | None = None
+    """Where people open MLflow, for links; None = tracking_uri if that is a server, else where
+    `caddie ui` serves it."""
+    dashboard_url: str = "http://127.0.0.1:8080"
+    """Where people open optuna-dashboard, for links; by default where `caddie ui` serves it."""
     address: str | None = None
     """Ray cluster; None = start one on this machine."""
     runner: Literal["ray", "local"] = "ray"
     """"ray": TorchTrainer on a cluster. "local": torchrun on this machine."""
-    data: Path | None = None
+    data: PathSetting | None = None
     """Folder of shards and tokenizer; None = the embedded corpus."""
     trials: PositiveInt = 12
     """Trials told COMPLETE or PRUNED in all, over every run of the study."""
@@ -69,6 +80,13 @@ class ServiceSettings(Settings):
     def storage_url(self) -> str:
         """The Optuna storage in use."""
         return self.storage or f"sqlite:///{self.out.absolute() / 'caddie.db'}"
+
+    @property
+    def mlflow_page(self) -> str:
+        """Address of MLflow for people."""
+        served = (self.tracking_uri or "").startswith(("http://", "https://"))
+        page = self.mlflow_url or (self.tracking_uri if served else None) or MLFLOW_URL
+        return mask_passwords(page.rstrip("/"))
 
     @property
     def max_gpu_s(self) -> float | None:

@@ -33,7 +33,7 @@ from service.study import deciding, frozen_trials, live_trial, requeue
 from service.teller import Teller
 from service.tracking.curve import curve_of
 from service.tracking.jsonl_tracker import JsonlTracker, read_lines
-from service.tracking.mlflow_mirror import run_name
+from service.tracking.mlflow_values import run_name
 from service.tracking.outbox import (
     Entry,
     close_entry,

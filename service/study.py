@@ -7,13 +7,14 @@ failures that are nobody's choice and teaches nothing.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.exceptions import OptunaError, StorageInternalError
+from optuna.exceptions import ExperimentalWarning, OptunaError, StorageInternalError
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.engine import make_url
@@ -88,6 +89,7 @@ def open_study(
             study_name=name, storage=storage, direction="minimize", load_if_exists=True
         )
         _lay_foundation(study, foundation)
+        _name_objective(study)
         study.sampler = make_sampler(seed)
         _enqueue_once(study, space)
     return study
@@ -266,6 +268,14 @@ def _lay_foundation(study: optuna.Study, foundation: Mapping[str, Any]) -> None:
             f"study {study.study_name!r} exists with other settings; choose another --study, or "
             "ask for the same:\n" + "\n".join(faults)
         )
+
+
+def _name_objective(study: optuna.Study) -> None:
+    """What pages call the value."""
+    if study.metric_names is None:
+        with warnings.catch_warnings():  # Optuna calls it experimental
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            study.set_metric_names(["bits per byte"])
 
 
 def _that_matter(overrides: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,13 +18,14 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from service.attachments import attach
 from service.driver_storage import batch
 from service.filters.configuration import build_config
 from service.ledger import LEDGER_ATTR, WASTED_ATTR
 from service.runners.base import Demand
 from service.study import write_constraints
 from service.tracking.base import Tracker
-from service.tracking.outcome import Outcome, outcome_of
+from service.tracking.outcome import REJECTED, Outcome, outcome_of
 from service.trial import TrialFolder, TrialSpec, Verdict, write_json
 from trainer.config import TrainConfig
 from trainer.report import TrainResult
@@ -198,12 +199,13 @@ class TrialBook:
         launched = ending.result is not None or folder.metrics.exists()
         outcome = outcome_of(ending.state.name, verdicts, launched)
         if not _is_told(self._study, trial):
-            self._tell(trial, ending, verdicts, outcome)
+            self._tell(spec, trial, ending, verdicts, outcome)
         self._mirror(spec, ending.state.name, verdicts, ending.result)
         return outcome.verdict
 
     def _tell(
         self,
+        spec: TrialSpec,
         trial: optuna.Trial,
         ending: Ending,
         verdicts: Sequence[Verdict],
@@ -226,6 +228,8 @@ class TrialBook:
             attrs["duplicate_of"] = ending.duplicate_of
         with batch(self._study):
             _set_attrs(trial, attrs)
+            if outcome.verdict != REJECTED:
+                attach(self._study, trial, spec.folder)
             if ending.state != TrialState.FAIL:
                 write_constraints(self._study, trial, verdicts)
         self._study.tell(trial, ending.value, ending.state)

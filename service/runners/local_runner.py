@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ import psutil
 import trainer
 from service.errors import RunnerError
 from service.runners.base import Demand, RunState, Update
+from service.runners.gpu_watch import append_to, watch_gpus
 from service.runners.processes import kill, marked
 from service.trial import TrialFolder, TrialSpec, write_json
 
@@ -60,6 +61,8 @@ class LocalTrial:
     """Bytes of metrics.jsonl that were handed out."""
     state: RunState = RunState.STARTING
     ending: threading.Thread | None = None
+    watching: ExitStack = field(default_factory=ExitStack)
+    """Samples its GPUs until it is closed."""
 
     @property
     def folder(self) -> TrialFolder:
@@ -82,6 +85,7 @@ class LocalTrial:
 
     def end(self) -> None:
         """End all its processes; returns when none is left."""
+        self.watching.close()
         if self.launcher.poll() is None:
             self.launcher.send_signal(signal.SIGTERM)
             with suppress(subprocess.TimeoutExpired):  # then the ranks first: they outlive it
@@ -214,7 +218,9 @@ def _launch(spec: TrialSpec, demand: Demand, gpus: list[str], module: str) -> Lo
             start_new_session=True,  # Ctrl-C is for the driver, which then decides
             preexec_fn=_die_with(os.getpid()),
         )
-    return LocalTrial(spec, demand, gpus, token, launcher)
+    trial = LocalTrial(spec, demand, gpus, token, launcher)
+    trial.watching.enter_context(watch_gpus(gpus, append_to(folder.metrics)))
+    return trial
 
 
 def _command(spec: TrialSpec, demand: Demand, module: str) -> list[str]:

@@ -14,7 +14,7 @@ import time
 from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import ray
 import ray.exceptions
@@ -145,7 +145,7 @@ class MailboxReporter:
         self._thread = threading.Thread(target=self._talk, name="mailbox", daemon=True)
         self._thread.start()
 
-    def emit(self, kind: EventKind, **fields: Any) -> None:
+    def emit(self, kind: EventKind | Literal["system"], **fields: Any) -> None:
         self._records.append({"kind": kind, "time": time.time(), **fields})
 
     def stop_requested(self) -> str | None:

@@ -23,6 +23,7 @@ from ray.train import Checkpoint
 from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.util.placement_group import get_current_placement_group
 
+from service.runners.gpu_watch import own_gpus, watch_gpus
 from service.runners.processes import TRIAL, name_of
 from service.runners.ray_mailbox import CONTROLLER, MailboxReporter, WorkerFailure, WorkerInfo
 from trainer.compile_cache import use_compile_cache
@@ -83,7 +84,8 @@ def _train(job: dict[str, Any], rank: int) -> dict[str, Any]:
         # Train workers start in a folder of their own inside the session's.
         with tempfile.TemporaryDirectory(prefix="artifact-", dir=".") as out:
             _fetch_state(Path(out))
-            result = train(config, reporter, Path(out))
+            with watch_gpus(own_gpus(), lambda numbers: reporter.emit("system", **numbers)):
+                result = train(config, reporter, Path(out))
             artifact = Path(out, "artifact.bin")
             packed = artifact.read_bytes() if artifact.exists() else None
         return {"result": result.model_dump(mode="json"), "artifact": packed}

@@ -17,18 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 from service.fault import Fault
 from service.tracking.mlflow_mirror import (
-    EXPERIMENT,
     KEY_TAG,
     RUN_STATUS,
     MlflowMirror,
     end_tags,
-    final_metrics,
-    metrics_of,
     mirrored_files,
-    params_of,
-    run_name,
     start_tags,
 )
+from service.tracking.mlflow_values import final_metrics, metrics_of, params_of, run_name
 from service.tracking.outbox import Entry, new_records, read_entry, read_progress
 
 if TYPE_CHECKING:
@@ -159,7 +155,7 @@ class MlflowRepair:
     def _compare(self, folder: Path, entry: Entry, run: Run) -> Wrong:
         lacks: list[str] = []
         otherwise: list[str] = []
-        tags = {KEY_TAG: self._mirror.key(entry), **start_tags(entry, self._parent_id())}
+        tags = {KEY_TAG: self._mirror.key(entry), **start_tags(entry)}
         tags |= end_tags(folder, entry)
         params = params_of(folder, entry)
         for kind, wanted, has in (
@@ -188,7 +184,7 @@ class MlflowRepair:
         """Points of metrics that the run lacks, and those that it has too many."""
         records, _ = new_records(folder, 0, MAX_RECORDS)
         metrics = [metric for record in records for metric in metrics_of(record)]
-        metrics += final_metrics(entry)
+        metrics += final_metrics(folder, entry)
         if self._quick:
             last = {metric.key: metric for metric in metrics}
             has = run.data.metrics
@@ -242,11 +238,6 @@ class MlflowRepair:
         self._mirror.resend(folder, entry, None)
         self._runs = None
 
-    def _parent_id(self) -> str:
-        """Of the study's run; "" while it has none, which is a fault of its own."""
-        parents = self._active(self._mirror.study_id)
-        return str(parents[0].info.run_id) if parents else ""
-
     def _active(self, key: str) -> list[Run]:
         return [
             run
@@ -259,14 +250,14 @@ class MlflowRepair:
         if self._runs is None:
             from mlflow.entities import ViewType
 
-            experiment = self._client.get_experiment_by_name(EXPERIMENT)
+            experiment = self._mirror.found_experiment()
             if experiment is None:
                 return []
             found: list[Run] = []
             token: str | None = ""
             while token is not None:
                 page = self._client.search_runs(
-                    [experiment.experiment_id],
+                    [experiment],
                     filter_string=f"tags.`{KEY_TAG}` LIKE '{self._mirror.study_id}%'",
                     run_view_type=ViewType.ALL,
                     max_results=PAGE,
