@@ -14,7 +14,8 @@ from pydantic import BaseModel
 
 from trainer.config import TrainConfig
 from trainer.config.row_schedule import row_stages
-from trainer.flatten.fold import Facts, literal
+from trainer.flatten.fold import Facts
+from trainer.flatten.syntax import literal
 from trainer.layer_pattern import select_layers
 from trainer.legality import illegal_in_use
 from trainer.mix import lanes_of

@@ -9,9 +9,9 @@ from __future__ import annotations
 import ast
 import collections
 
-from trainer.flatten.fold import is_constant, is_pure
 from trainer.flatten.reach import parts_that_run
 from trainer.flatten.scopes import arguments_of
+from trainer.flatten.syntax import is_constant, is_pure
 
 _CALLED_BY_TORCH = {"forward", "backward", "setup_context"}
 

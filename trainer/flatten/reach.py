@@ -5,8 +5,8 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 
-from trainer.flatten.fold import is_pure
 from trainer.flatten.scopes import COMPREHENSIONS, FUNCTIONS, bound_names
+from trainer.flatten.syntax import is_pure
 
 _CALLED_BY_TORCH = {"forward", "backward", "setup_context"}
 _KEPT_BASES = {"Settings", "NamedTuple", "Exception", "ValueError", "RuntimeError"}
