@@ -187,7 +187,7 @@ def current_manifest(folder, shards, tokenizer, vocab_size, val_bytes=()) -> Man
 """,
     "trainer.artifact._Header": "_Header = None",
     "trainer.artifact._read_header": """
-def _read_header(packed_header, text_size):
+def _read_header(packed_header, text_size) -> tuple[None, TrainConfig]:
     text = CODECS["brotli"].decompress(packed_header, text_size)
     return type("", (), json.loads(text)), TrainConfig()
 """,

@@ -10,14 +10,23 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from trainer.flatten.bodies import simplified
-from trainer.flatten.constants import Literal, constant_attributes, constant_functions
+from trainer.flatten.constants import Literal, constant_functions
 from trainer.flatten.infer import Env, Types
-from trainer.flatten.scopes import FUNCTIONS, Function, ScopedTransformer, arguments_of, bound_names
+from trainer.flatten.objects import Objects, by_name, fields_of, given, is_data
+from trainer.flatten.scopes import (
+    FUNCTIONS,
+    Comprehension,
+    Function,
+    ScopedTransformer,
+    arguments_of,
+    bound_names,
+)
 from trainer.flatten.syntax import (
     is_constant,
     is_empty,
     is_none,
     is_nothing,
+    is_nothing_in,
     is_property,
     is_pure,
     is_something,
@@ -90,14 +99,21 @@ class _Folder(ScopedTransformer):
         self._facts = facts
         self._types = Types(tree)
         self._functions = constant_functions(tree)
-        self._attributes = {**constant_attributes(tree, set()), **facts.attributes}
+        objects = Objects(tree)
+        self._classes = objects.classes
+        self._constants = objects.constants()
+        self._attributes = by_name(self._constants, objects) | {
+            name: literal(value) or ast.Constant(value)  # type: ignore[arg-type]
+            for name, value in facts.attributes.items()
+        }
         self._arguments: list[set[str]] = [set()]
         self._tables = {
-            node.targets[0].id: node.value
+            target.id: node.value
             for node in tree.body
-            if isinstance(node, ast.Assign)
-            and isinstance(node.targets[0], ast.Name)
-            and (isinstance(node.value, ast.Constant) or is_table(node.value))
+            if isinstance(node, (ast.Assign, ast.AnnAssign))
+            and node.value is not None
+            and isinstance(target := _only_target(node), ast.Name)
+            and (isinstance(node.value, ast.Constant) or self._is_table(node.value))
         }
         self._owners: list[str] = []
         self._envs: list[Env] = [{}]
@@ -151,11 +167,39 @@ class _Folder(ScopedTransformer):
                 returned = returned_literal(method)
                 if returned is not None and self._is_final(owner, node.attr):
                     return returned
+        made = self._given_field(node)
+        if made is not None:
+            return made
         if not is_pure(node.value):
             return node
-        if node.attr in self._attributes:
-            return ast.Constant(self._attributes[node.attr])
-        return node
+        constant = self._constants.get((owner or "", node.attr))
+        constant = constant or self._attributes.get(node.attr)
+        return node if constant is None else copy.deepcopy(constant)
+
+    def _given_field(self, node: ast.Attribute) -> ast.expr | None:
+        """`Class(a, b).field` of a data class is what the call gives it."""
+        owner = self._class_made(node.value)
+        if owner is None:
+            return None
+        assert isinstance(node.value, ast.Call)
+        for place, (name, default) in enumerate(fields_of(owner)):
+            if name == node.attr:
+                return given(node.value, place, name) or default
+        return None
+
+    def _class_made(self, node: ast.expr) -> ast.ClassDef | None:
+        """The data class that a call without effects makes an object of."""
+        if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name)):
+            return None
+        owner = self._classes.get(node.func.id) if self.is_global(node.func.id) else None
+        values = [*node.args, *(keyword.value for keyword in node.keywords)]
+        return owner if owner and is_data(owner) and all(map(is_pure, values)) else None
+
+    def _is_table(self, node: ast.expr) -> bool:
+        """A tuple, or a dictionary whose entries can stand anywhere else."""
+        if not isinstance(node, ast.Dict):
+            return is_table(node)
+        return all(is_pure(value) or self._class_made(value) for value in node.values)
 
     def _is_final(self, owner: str, name: str) -> bool:
         """Whether no class that derives from the owner has its own."""
@@ -173,7 +217,7 @@ class _Folder(ScopedTransformer):
         self.generic_visit(node)
         if any(isinstance(argument, ast.Starred) for argument in node.args):
             return node
-        known = self._known_call(node, owner)
+        known = self._known_call(node, owner) or _got_from_nothing(node)
         if known is not None:
             return known
         arguments = [*node.args, *(keyword.value for keyword in node.keywords)]
@@ -224,7 +268,8 @@ class _Folder(ScopedTransformer):
         """The value of an operation on literals."""
         try:
             if isinstance(node, ast.Compare):
-                parts = [value_of(part) for part in (node.left, *node.comparators)]
+                named = [self._table_of(part) for part in (node.left, *node.comparators)]
+                parts = [value_of(part) for part in named]
                 pairs = zip(parts, parts[1:], node.ops, strict=False)
                 value = all(_OPERATORS[type(kind)](a, b) for a, b, kind in pairs)
             elif isinstance(node, ast.BinOp):
@@ -274,13 +319,33 @@ class _Folder(ScopedTransformer):
         holder, key = node.value, node.slice.value
         if isinstance(holder, ast.Name) and self.is_global(holder.id):
             holder = self._tables.get(holder.id, holder)
-        if isinstance(holder, ast.Dict) and all(map(is_pure, holder.values)):
+        if isinstance(holder, ast.Dict) and self._is_table(holder):
             for one, value in zip(holder.keys, holder.values, strict=True):
                 if isinstance(one, ast.Constant) and one.value == key:
-                    return value
+                    return copy.deepcopy(value)
         if isinstance(holder, ast.Tuple) and isinstance(key, int) and is_pure(holder):
-            return holder.elts[key]
+            return copy.deepcopy(holder.elts[key])
         return node
+
+    def _table_of(self, node: ast.expr) -> ast.expr:
+        """The constant table that a name means."""
+        if isinstance(node, ast.Name) and self.is_global(node.id):
+            return self._tables.get(node.id, node)
+        return node
+
+    def visit_Starred(self, node: ast.Starred) -> ast.AST:
+        self.generic_visit(node)
+        table = self._table_of(node.value)
+        node.value = copy.deepcopy(table) if isinstance(table, ast.Tuple) else node.value
+        return node
+
+    def visited_comprehension(self, node: Comprehension) -> ast.AST:
+        if not _loops_over_nothing(node) or isinstance(node, ast.SetComp):
+            return node
+        if isinstance(node, ast.DictComp):
+            return ast.Dict([], [])
+        make = ast.List if isinstance(node, ast.ListComp) else ast.Tuple
+        return make([], ast.Load())
 
     def visit_Tuple(self, node: ast.Tuple) -> ast.AST:
         self.generic_visit(node)
@@ -352,6 +417,9 @@ class _Folder(ScopedTransformer):
         self.generic_visit(node)
         if is_empty(node.iter) and not node.orelse:
             return None
+        is_idle = is_nothing(node.body) and not node.orelse and isinstance(node.iter, ast.Call)
+        if is_idle and is_reading(node.iter):
+            return None
         node.body = node.body or [ast.Pass()]
         return node
 
@@ -373,3 +441,33 @@ class _Folder(ScopedTransformer):
     def visited_class(self, node: ast.ClassDef) -> ast.AST:
         node.body = node.body or [ast.Pass()]
         return node
+
+
+def _only_target(node: ast.Assign | ast.AnnAssign) -> ast.expr | None:
+    if isinstance(node, ast.AnnAssign):
+        return node.target
+    return node.targets[0] if len(node.targets) == 1 else None
+
+
+def _loops_over_nothing(node: Comprehension) -> bool:
+    return any(
+        is_empty(loop.iter)
+        or (is_pure(loop.iter) and any(truth_of(test, is_test=True) is False for test in loop.ifs))
+        for loop in node.generators
+    )
+
+
+def is_reading(node: ast.expr) -> bool:
+    """Whether it is `name.items()` and the like."""
+    function = node.func if isinstance(node, ast.Call) else None
+    is_method = isinstance(function, ast.Attribute) and function.attr in ("items", "values")
+    return is_method and is_pure(function.value)  # type: ignore[union-attr]
+
+
+def _got_from_nothing(node: ast.Call) -> ast.expr | None:
+    """`{}.get(key, default)` is the default."""
+    function = node.func
+    if not isinstance(function, ast.Attribute) or function.attr != "get" or not node.args:
+        return None
+    is_nothing = is_nothing_in(function.value, ast.Dict) and all(map(is_pure, node.args))
+    return (node.args[1] if len(node.args) > 1 else ast.Constant(None)) if is_nothing else None

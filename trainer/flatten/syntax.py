@@ -7,6 +7,8 @@ import dataclasses
 from typing import Any
 
 _QUIET_CALLS = {"isinstance", "len", "getattr", "bool", "int", "float", "set", "tuple", "dict"}
+_QUIET_CALLS |= {"count_layers", "scheme_named"}
+"""Functions, our own last, that do nothing but return."""
 
 
 def is_constant(node: ast.AST | None) -> bool:
@@ -93,9 +95,38 @@ def is_something(node: ast.expr) -> bool:
 
 
 def is_empty(node: ast.expr) -> bool:
+    """Whether it has no elements: (), [], {}, range(0), {}.items()."""
     if isinstance(node, (ast.Tuple, ast.List)):
         return not node.elts
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+        return node.func.attr in ("items", "values", "keys") and is_empty(node.func.value)
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "sorted":
+        return is_empty(node.args[0])
+    if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Slice):
+        return is_empty(node.value)
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "range":
+        return (
+            len(node.args) == 1
+            and isinstance(node.args[0], ast.Constant)
+            and not node.args[0].value
+        )
     return isinstance(node, ast.Dict) and not node.keys
+
+
+def is_settled(node: ast.AST | None) -> bool:
+    """Whether it is the same everywhere: constants, and tuples and objects made of them alone."""
+    if isinstance(node, ast.Call):
+        is_made = isinstance(node.func, ast.Name) and node.func.id.strip("_")[:1].isupper()
+        values = [*node.args, *(keyword.value for keyword in node.keywords)]
+        return is_made and all(map(is_settled, values))
+    if isinstance(node, ast.Tuple):
+        return all(map(is_settled, node.elts))
+    return is_constant(node)
+
+
+def is_nothing_in(node: ast.AST | None, kind: type[ast.AST]) -> bool:
+    """Whether it is () or {}."""
+    return isinstance(node, kind) and isinstance(node, ast.expr) and is_empty(node)
 
 
 def is_table(node: ast.expr | None) -> bool:
@@ -113,6 +144,8 @@ def truth_of(node: ast.expr, is_test: bool = False) -> bool | None:
         return bool(node.value)
     if is_empty(node):
         return False
+    if isinstance(node, ast.Tuple):
+        return True if not any(isinstance(one, ast.Starred) for one in node.elts) else None
     if is_test and isinstance(node, ast.BoolOp) and all(map(is_pure, node.values[:-1])):
         is_and = isinstance(node.op, ast.And)
         return (not is_and) if truth_of(node.values[-1]) is (not is_and) else None
