@@ -7,6 +7,7 @@ only four values need an escape. (Base 85, as published, costs a quarter; this c
 from __future__ import annotations
 
 import lzma
+import re
 
 import brotli
 
@@ -33,6 +34,7 @@ def _file(before: bytes, content: bytes, after: bytes) -> bytes:
 
 
 def _escaped(content: bytes) -> bytes:
-    text = content.replace(b"\\", b"\\\\").replace(b"\r", b"\\r").replace(b"\0", b"\\x00")
+    text = content.replace(b"\\", b"\\\\").replace(b"\r", b"\\r")
     text = text.replace(b"'''", b"\\'\\'\\'")
+    text = re.sub(rb"\0(?=[0-7])", rb"\\000", text).replace(b"\0", b"\\0")
     return text[:-1] + b"\\'" if text.endswith(b"'") and not text.endswith(b"\\'") else text

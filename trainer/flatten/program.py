@@ -7,7 +7,7 @@ import functools
 import json
 
 from trainer.config import TrainConfig
-from trainer.flatten.facts import facts_of, prepared, stand_ins
+from trainer.flatten.facts import facts_of, prepared, stand_ins, without_idle_rows
 from trainer.flatten.fold import folded
 from trainer.flatten.merge import merged
 from trainer.flatten.objects import named_classes, without_unread_fields
@@ -29,7 +29,7 @@ def flattened(config: TrainConfig) -> ast.Module:
     tree = prepared(tree, config, facts)
     before = (0, 0)
     for _ in range(MAX_PASSES):
-        tree = settled(folded(tree, facts_of(config, tree)))
+        tree = settled(folded(without_idle_rows(tree, config), facts_of(config, tree)))
         tree = reachable(without_unread_fields(tree))
         after = _size(tree)
         if after == before:
