@@ -149,10 +149,9 @@ def _schemes(config: TrainConfig) -> dict[str, set[str]]:
 
 
 def _stores_plainly(config: TrainConfig) -> bool:
-    """Whether no name of a scheme says more than that of its entry in the table."""
+    """Whether names of schemes say no more than an entry of the table and how scales are kept."""
     own = config.quantize
-    has_more = own.allocate != "off" or own.low_rank != "off" or own.scale_bits == 8
-    return not has_more and not own.awq_groups
+    return own.allocate == "off" and own.low_rank == "off" and not own.awq_groups
 
 
 _ROWS = {"StoreRule", "ParamRule", "scalar", "table"}
@@ -174,7 +173,7 @@ def _is_idle(row: ast.expr, names: list[str]) -> bool:
     pattern = row.args[0]
     if row.func.id not in _ROWS or not isinstance(pattern, ast.Constant):
         return False
-    return not any(fnmatch.fnmatchcase(name, pattern.value) for name in names)
+    return not any(fnmatch.fnmatchcase(name, str(pattern.value)) for name in names)
 
 
 def stand_ins(config: TrainConfig) -> dict[str, str]:
@@ -183,7 +182,8 @@ def stand_ins(config: TrainConfig) -> dict[str, str]:
     plain = fixed.with_overrides({"runtime.seed": 1337}).text_without_places()
     other = fixed.with_overrides({"runtime.seed": _SEED}).text_without_places()
     before, after = other.split(str(_SEED))
-    named = {"trainer.quantize.schemes.find_scheme": _PLAIN_SCHEME}
+    find = _STEPPED_SCHEME if config.quantize.scale_bits == 8 else _PLAIN_SCHEME
+    named = {"trainer.quantize.schemes.find_scheme": find}
     return (
         _STAND_INS
         | (named if _stores_plainly(config) else {})
@@ -201,6 +201,12 @@ _SEED = 987654321
 _PLAIN_SCHEME = """
 def find_scheme(name) -> Scheme | None:
     return SCHEMES[name]
+"""
+_STEPPED_SCHEME = """
+from dataclasses import replace
+def find_scheme(name) -> Scheme | None:
+    base, _, step = name.partition("+")
+    return replace(SCHEMES[base], has_step=True) if step else SCHEMES[base]
 """
 _STAND_INS = {
     "trainer.config.base": """

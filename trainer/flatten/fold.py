@@ -30,6 +30,7 @@ from trainer.flatten.syntax import (
     is_property,
     is_pure,
     is_something,
+    is_sorted,
     is_table,
     literal,
     returned_literal,
@@ -103,8 +104,7 @@ class _Folder(ScopedTransformer):
         self._classes = objects.classes
         self._constants = objects.constants()
         self._attributes = by_name(self._constants, objects) | {
-            name: literal(value) or ast.Constant(value)  # type: ignore[arg-type]
-            for name, value in facts.attributes.items()
+            name: literal(value) or ast.Constant(value) for name, value in facts.attributes.items()
         }
         self._arguments: list[set[str]] = [set()]
         self._tables = {
@@ -218,6 +218,8 @@ class _Folder(ScopedTransformer):
         if any(isinstance(argument, ast.Starred) for argument in node.args):
             return node
         known = self._known_call(node, owner) or _got_from_nothing(node)
+        if known is None and is_sorted(node) and is_empty(node):
+            return ast.Tuple([], ast.Load())  # which is looped over
         if known is not None:
             return known
         arguments = [*node.args, *(keyword.value for keyword in node.keywords)]

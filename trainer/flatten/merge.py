@@ -29,7 +29,8 @@ def merged(entry: str, stand_ins: Mapping[str, str]) -> ast.Module:
     program = _Program(stand_ins)
     program.add(entry)
     tree = ast.Module(body=program.imports() + program.body, type_ignores=[])
-    return ast.fix_missing_locations(_Distinct(tree, program.meant).visit(tree))
+    distinct: ast.Module = _Distinct(tree, program.meant).visit(tree)
+    return ast.fix_missing_locations(distinct)
 
 
 @functools.cache

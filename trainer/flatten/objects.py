@@ -106,9 +106,9 @@ class Objects:
                             elsewhere.append((attribute.attr, one))
                 if isinstance(node, ast.Call) and _called(node) in _COPIERS:
                     elsewhere += [(k.arg, k.value) for k in node.keywords if k.arg]
-        for name, value in elsewhere:
-            for one in [one for one, known in self._values if known == name]:
-                self._put(one, name, value)
+        for name, given_value in elsewhere:
+            for holder in [holder for holder, known in self._values if known == name]:
+                self._put(holder, name, given_value)
 
 
 def by_name(constants: Mapping[tuple[str, str], ast.expr], objects: Objects) -> dict[str, ast.expr]:

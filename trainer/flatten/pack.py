@@ -17,11 +17,11 @@ _LZMA = {"id": lzma.FILTER_LZMA1, "preset": 9 | lzma.PRESET_EXTREME, "lc": 3, "l
 def packed(source: str) -> bytes:
     """The file. Equal source gives equal bytes."""
     text = source.encode()
-    by_brotli = _file(
+    by_brotli = in_source(
         b"import brotli;exec(brotli.decompress(", brotli.compress(text, lgwin=24), b"))"
     )
     filters = "[{'id':0x4000000000000001,'preset':9|1<<31,'lc':3,'lp':0,'pb':0}]"
-    by_lzma = _file(
+    by_lzma = in_source(
         b"import lzma;exec(lzma.decompress(",
         lzma.compress(text, lzma.FORMAT_RAW, filters=[_LZMA]),
         f",3,None,{filters}))".encode(),
@@ -29,7 +29,8 @@ def packed(source: str) -> bytes:
     return min(by_brotli, by_lzma, key=len)
 
 
-def _file(before: bytes, content: bytes, after: bytes) -> bytes:
+def in_source(before: bytes, content: bytes, after: bytes) -> bytes:
+    """A source of Python in which these bytes stand as an expression."""
     return b"#coding:l1\n" + before + b"'''" + _escaped(content) + b"'''.encode('l1')" + after
 
 

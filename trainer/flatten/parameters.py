@@ -11,7 +11,7 @@ import collections
 import copy
 
 from trainer.flatten.infer import Env, Types, kinships, typed_parts
-from trainer.flatten.reach import tested_classes
+from trainer.flatten.reach import parts_that_run, tested_classes
 from trainer.flatten.scopes import arguments_of
 from trainer.flatten.syntax import is_pure, is_settled
 
@@ -23,7 +23,41 @@ def settled(tree: ast.Module) -> ast.Module:
     for function, skipped, calls in _followed(tree):
         _settle(function, skipped, calls)
     _settle_options(tree)
+    _settle_defaults(tree)
     return tree
+
+
+def _settle_defaults(tree: ast.Module) -> None:
+    """Arguments of methods that no call of a method of that name gives, whatever the object."""
+    calls: dict[str, list[ast.Call]] = collections.defaultdict(list)
+    mentions: collections.Counter[str] = collections.Counter()
+    for node in parts_that_run(tree):
+        if isinstance(node, ast.Attribute):
+            mentions[node.attr] += 1
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            calls[node.func.attr].append(node)
+    for owner in tree.body:
+        for method in owner.body if isinstance(owner, ast.ClassDef) else ():
+            if not isinstance(method, ast.FunctionDef) or method.name.startswith("__"):
+                continue
+            own = calls[method.name]
+            is_followed = len(own) == mentions[method.name] and not any(map(_is_spread, own))
+            if is_followed and not _is_odd(method):
+                _settle_default(method, own)
+
+
+def _settle_default(method: ast.FunctionDef, calls: list[ast.Call]) -> None:
+    args, first = method.args.args, len(method.args.args) - len(method.args.defaults)
+    for place in range(len(args) - 1, max(first, 1) - 1, -1):
+        name, default = args[place].arg, method.args.defaults[place - first]
+        given = [value for call in calls if (value := _given(call, method, name, 1)) is not None]
+        if not is_settled(default) or name in _stored(method):
+            continue
+        if all(ast.dump(value) == ast.dump(default) for value in given):
+            change = _Substitute(name, default)
+            method.body = [change.visit(statement) for statement in method.body]
+            if not given:
+                del args[place], method.args.defaults[place - first]
 
 
 def _settle_options(tree: ast.Module) -> None:

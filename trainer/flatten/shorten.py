@@ -218,7 +218,15 @@ def _rename_attributes(tree: ast.Module) -> None:
 
 
 _OF_TORCH = {
-    *("state_dict", "load_state_dict", "zero_grad", "param_groups", "setup_context"),
+    *(
+        "vocab_size",
+        "bos_id",
+        "state_dict",
+        "load_state_dict",
+        "zero_grad",
+        "param_groups",
+        "setup_context",
+    ),
     *("all_reduce", "all_gather", "reduce_scatter", "model_copy", "model_dump", "wait_event"),
     *("named_parameters", "register_buffer", "record_event", "is_cuda", "new_empty", "_replace"),
 }

@@ -94,13 +94,20 @@ def is_something(node: ast.expr) -> bool:
     return isinstance(node, (ast.Tuple, ast.List, ast.Dict, ast.Lambda, ast.JoinedStr))
 
 
+def is_sorted(node: ast.expr) -> bool:
+    """Whether it is `sorted(...)`."""
+    is_call = isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+    return is_call and node.func.id == "sorted"  # type: ignore[attr-defined]
+
+
 def is_empty(node: ast.expr) -> bool:
     """Whether it has no elements: (), [], {}, range(0), {}.items()."""
     if isinstance(node, (ast.Tuple, ast.List)):
         return not node.elts
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
         return node.func.attr in ("items", "values", "keys") and is_empty(node.func.value)
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "sorted":
+    if is_sorted(node):
+        assert isinstance(node, ast.Call)
         return is_empty(node.args[0])
     if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Slice):
         return is_empty(node.value)
