@@ -14,8 +14,10 @@ from trainer.flatten.fold import Facts, folded
 from trainer.flatten.objects import named_classes, without_unread_fields
 from trainer.flatten.pack import in_source
 from trainer.flatten.parameters import settled
+from trainer.flatten.program import script
 from trainer.flatten.reach import reachable
 from trainer.flatten.shorten import shortened
+from trainer.recipes import RECIPES
 
 HEAD = "from dataclasses import dataclass, replace\nfrom typing import NamedTuple\n"
 NOTHING = Facts({}, {}, {}, {}, {}, {})
@@ -184,3 +186,9 @@ def test_every_byte_survives_in_a_source(content: bytes) -> None:
     found: dict[str, bytes] = {}
     exec(compile(in_source(b"found=", content, b""), "packed", "exec"), found)
     assert found["found"] == content
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["pr1212", "pr1894"])
+def test_the_published_recipes_pack_into_25_000_bytes(name):
+    assert len(script(RECIPES[name].build())) <= 25_000
