@@ -48,8 +48,8 @@ def facts_of(config: TrainConfig, tree: ast.Module) -> Facts:
             value = _literal_of(getattr(settings, field))
             if value is not None and field not in open_names and (name, field) not in OPEN:
                 fields[name, field] = value
-    layers = config.model._layers
-    methods = {("ModelConfig", "_layers"): layers}
+    layers = config.model.layers_of
+    methods = {("ModelConfig", "layers_of"): layers}
     return Facts(fields, _FUNCTIONS, methods, *_constant_names(config), objects)
 
 
