@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from service.cli import main
+from service.config import ServiceSettings
 from service.study import load_study
 from service.tracking.jsonl_tracker import JsonlTracker
 from service.tracking.mlflow_tracker import MlflowTracker, quiet_mlflow
@@ -43,7 +44,13 @@ class Place:
         self.mlflow = f"sqlite:///{out / 'mlflow.db'}"
         trackers = [
             JsonlTracker(self.dir / "trials.jsonl"),
-            MlflowTracker("s", self.dir, self.mlflow, (out / "mlartifacts").as_uri()),
+            MlflowTracker(
+                "s",
+                self.dir,
+                self.mlflow,
+                (out / "mlartifacts").as_uri(),
+                dashboard=f"{ServiceSettings().dashboard_url}/dashboard/studies/1",
+            ),
         ]
         sweep = Sweep(out, script, num_trials=4, space=SPACE, trackers=trackers, max_attempts=1)
         sweep.run()
