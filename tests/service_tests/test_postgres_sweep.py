@@ -53,7 +53,7 @@ def test_study_and_mirror_on_postgresql(
     from mlflow.tracking import MlflowClient
 
     client = MlflowClient(uri)
-    experiment = client.get_experiment_by_name("caddie")
+    experiment = client.get_experiment_by_name("caddie/s")
     runs = client.search_runs([experiment.experiment_id])
     scores = {run.data.metrics.get("final.val_bpb") for run in runs} - {None}
     assert scores == {trial.value for trial in sweep.trials() if trial.value is not None}

@@ -89,7 +89,7 @@ def mirrored_trials(uri: str) -> list[int]:
     from mlflow.tracking import MlflowClient
 
     client = MlflowClient(uri)
-    experiment = client.get_experiment_by_name("caddie")
+    experiment = client.get_experiment_by_name("caddie/smoke")
     runs = client.search_runs([experiment.experiment_id])
     tags = [run.data.tags for run in runs]
     return [int(tag["caddie.trial"]) for tag in tags if "caddie.trial" in tag]
