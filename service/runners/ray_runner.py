@@ -151,7 +151,7 @@ class RayRunner:
     def _settle(self, trial: RayTrial) -> None:
         with self._lock:
             if trial.was_never_taken:  # its gang was lost between two trials: it starts elsewhere
-                trial.gang = None
+                trial.start_over()
                 self._pool.place(trial)
                 return
         trial.settle()

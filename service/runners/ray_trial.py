@@ -63,10 +63,19 @@ class RayTrial:
 
     @property
     def was_never_taken(self) -> bool:
-        """Whether a gang that had served others ended before it took this trial up."""
+        """Whether a gang that had served others lost a rank before all had taken this trial up."""
         gang = self.gang
         lost = gang is not None and gang.ended and gang.has_served
-        return lost and not self.workers and not self.cancelled
+        return lost and len(self.workers) < self.demand.workers and not self.cancelled
+
+    def start_over(self) -> None:
+        """Forget a gang that was lost before the trial began, and what survivors said of that."""
+        self.gang = None
+        self.workers.clear()
+        self._failures.clear()
+        self._events.clear()
+        self._batches_seen = 0
+        self.folder.clear_run()
 
     @property
     def may_share(self) -> bool:
