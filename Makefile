@@ -7,10 +7,10 @@ TRIALS ?= 12
 STUDY ?= demo
 OUT ?= caddie-runs
 
-.PHONY: help install demo test check clean
+.PHONY: help install demo docs test test-faults check audit clean
 
 help: ## list the targets
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | column -t -s '	'
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | column -t -s '	'
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -26,9 +26,15 @@ install: $(VENV)/.installed ## make .venv with everything pinned
 demo: install ## a real sweep on this machine (TRIALS=12, NEW=1 for a fresh study)
 	@$(BIN)/caddie sweep run smoke --study $(STUDY) --trials $(TRIALS) --workers-per-trial 2 --out $(OUT) $(if $(NEW),--new)
 
+docs: install ## the pages of docs/ as a site, in site/
+	@$(BIN)/mkdocs build --quiet --site-dir site
+
 # Two files at a time: much of the service's tests is waiting for processes.
 test: install ## the whole CPU test suite
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+test-faults: install ## nodes, heads and drivers that die, on real clusters here (some minutes)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m faults tests/service_tests
 
 check: install ## ruff, ruff format, mypy, import-linter
 	@$(BIN)/ruff check .
@@ -36,5 +42,9 @@ check: install ## ruff, ruff format, mypy, import-linter
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-cache
 
+audit: ## known vulnerabilities of the pinned versions, by pip-audit (asks PyPI)
+	@test -x .audit/bin/pip-audit || { $(PYTHON) -m venv .audit && .audit/bin/pip install --quiet pip-audit; }
+	@.audit/bin/pip-audit --strict --no-deps --disable-pip --requirement constraints.txt
+
 clean: ## remove the environment and caches, not your runs
-	@rm -rf $(VENV) *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	@rm -rf $(VENV) .audit *.egg-info .mypy_cache .ruff_cache .pytest_cache

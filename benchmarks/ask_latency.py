@@ -1,5 +1,6 @@
-"""How long the scheduler waits for a proposal when a study is large: Optuna's own storage against
-the driver's, side by side on one database, asking alternately.
+"""How long the scheduler waits for a proposal when a study is large: Optuna's own storage and
+sampler, the driver's storage under Optuna's sampler, and both of ours, side by side on one
+database, asking in turn.
 
     python -m benchmarks.ask_latency --finished 5000 --running 64 --asks 20
 
@@ -29,6 +30,7 @@ from sqlalchemy import insert
 
 from search_spaces import SPACES
 from service.driver_storage import batch, for_driver
+from service.sampler import ReplayableTPE
 from service.study import make_sampler, open_storage
 
 
@@ -72,6 +74,8 @@ def fill(url: str, name: str, axes: dict[str, BaseDistribution], count: int) -> 
             connection.exec_driver_sql(f"SELECT setval('trials_trial_id_seq', {first + count - 1})")
 
 
+WAYS = ("optuna", "driver_storage", "caddie")
+"""Optuna's storage and sampler; the driver's storage under Optuna's sampler; both of ours."""
 TABLES = (
     models.TrialModel,
     models.TrialValueModel,
@@ -100,19 +104,21 @@ def ask_seconds(study: optuna.Study, axes: dict[str, BaseDistribution]) -> tuple
     return time.perf_counter() - before, time.process_time() - before_cpu
 
 
-def opened(storage: BaseStorage, name: str) -> optuna.Study:
-    return optuna.load_study(study_name=name, storage=storage, sampler=make_sampler(0))
+def opened(name: str, url: str) -> optuna.Study:
+    """The study of this way of asking."""
+    storage: BaseStorage = open_storage(url)
+    if name != "optuna":
+        storage = for_driver(open_storage(url))
+    sampler = make_sampler(0) if name == "caddie" else ReplayableTPE(0)
+    return optuna.load_study(study_name=name, storage=storage, sampler=sampler)
 
 
 def measure(url: str, finished: int, running: int, asks: int) -> dict[str, Any]:
-    """Milliseconds of an ask, both ways, and whether both propose the same."""
+    """Milliseconds of an ask, every way, and whether all propose the same."""
     axes = dict(SPACES["learning_rates"].axes)
-    for name in ("plain", "driver"):
+    for name in WAYS:
         fill(url, name, axes, finished)
-    studies = {
-        "plain": opened(open_storage(url), "plain"),
-        "driver": opened(for_driver(open_storage(url)), "driver"),
-    }
+    studies = {name: opened(name, url) for name in WAYS}
     for study in studies.values():
         for _ in range(running - 1):
             study.enqueue_trial({})
@@ -138,8 +144,8 @@ def measure(url: str, finished: int, running: int, asks: int) -> dict[str, Any]:
         "median_ms": medians,
         "median_cpu_ms": {n: round(statistics.median(each), 1) for n, each in cpu.items()},
         "worst_ms": {name: round(max(each), 1) for name, each in taken.items()},
-        "ratio": round(medians["plain"] / medians["driver"], 2),
-        "same_proposals": proposed[0] == proposed[1],
+        "ratio": {name: round(medians[name] / medians["caddie"], 2) for name in WAYS},
+        "same_proposals": all(each == proposed[0] for each in proposed),
     }
 
 

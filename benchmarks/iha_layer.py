@@ -37,7 +37,7 @@ from torch import Tensor
 from benchmarks.timing import median_seconds
 from benchmarks.training import machine
 from trainer.attention import select_backend
-from trainer.attention.flex import _block_mask as build_mask
+from trainer.attention.flex import block_mask_of as build_mask
 from trainer.config import ModelConfig
 from trainer.kernels.choice import kernel_fault
 from trainer.kernels.iha import interleave

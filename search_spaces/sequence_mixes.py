@@ -18,17 +18,21 @@ LONG_EIGHTHS = (1, 2, 3, 4, 6)
 
 
 def mixes(num_workers: int) -> tuple[str, ...]:
-    """Mixes of two lengths for that many workers, from all short to all long, each once.
+    """Mixes of two lengths for that many workers, each once, by the mean length of their lanes, so
+    that a slice over them reads from all short to all long.
 
     Shares of long lanes are those of LONG_EIGHTHS, rounded to whole workers.
     """
     counts = {round(eighths * num_workers / 8) for eighths in LONG_EIGHTHS} - {0, num_workers}
     mixed = [
-        f"{num_workers - count}x{SHORT}+{count}x{length}"
+        (count * (length - SHORT), f"{num_workers - count}x{SHORT}+{count}x{length}")
         for length in LONG
         for count in sorted(counts)
     ]
-    return (f"{num_workers}x{SHORT}", *mixed, *(f"{num_workers}x{length}" for length in LONG))
+    pure = [
+        (num_workers * (length - SHORT), f"{num_workers}x{length}") for length in (SHORT, *LONG)
+    ]
+    return tuple(mix for _, mix in sorted([*mixed, *pure], key=lambda row: row[0]))
 
 
 MIX_AXIS = CategoricalDistribution(mixes(8))

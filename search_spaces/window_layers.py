@@ -15,19 +15,20 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, IntD
 from search_spaces.space import Space
 
 PATTERNS = (
-    "even_but_first",
-    "even",
-    "odd",
     "spread_2",
     "spread_3",
     "spread_4",
-    "spread_8",
+    "even_but_first",
+    "even",
+    "odd",
     "first_6",
     "last_6",
+    "spread_8",
     "all_but_last",
     "all",
 )
-"""Of these, "even_but_first" is the published 2,4,6,8,10."""
+"""By how many layers they pick, so that a slice over them reads from sparse to dense; of these,
+"even_but_first" is the published 2,4,6,8,10."""
 WINDOW_AXES: dict[str, BaseDistribution] = {
     "model.window": IntDistribution(128, 2048, step=128),
     "model.window_layers": CategoricalDistribution(PATTERNS),

@@ -16,11 +16,13 @@ from rich.text import Text
 
 from service.commands import (
     catalogue,
+    clean,
     confirm,
     data,
     estimate,
     looking,
     package,
+    repair,
     report,
     simulate,
     sweep,
@@ -69,8 +71,11 @@ _add(app, "train", train.train, "caddie train tiny --set optim.matrix_lr=0.03 --
 _add(sweep_app, "run", sweep.run, "caddie sweep run smoke --trials 12 --workers-per-trial 2")
 _add(sweep_app, "status", sweep.status, "caddie sweep status smoke --json")
 _add(sweep_app, "stop", sweep.stop, "caddie sweep stop smoke")
+_add(sweep_app, "repair", repair.repair, "caddie sweep repair smoke --apply")
+_add(sweep_app, "clean", clean.clean, "caddie sweep clean smoke --keep 20 --apply")
 _add(sweep_app, "list", sweep.list_studies, "caddie sweep list")
 _add(trial_app, "show", trial.show, "caddie trial show smoke 3")
+_add(trial_app, "explain", trial.explain, "caddie trial explain smoke 3")
 _add(trial_app, "rerun", trial.rerun, "caddie trial rerun smoke 3")
 _add(
     app, "simulate", simulate.simulate, "caddie simulate learning_rates --nodes 64 --failures 0.01"

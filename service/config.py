@@ -21,18 +21,29 @@ from service.errors import UsageError
 from trainer.config import Settings, describe_faults
 
 FILE = "caddie.toml"
+MLFLOW_URL = "http://127.0.0.1:5000"
+"""Where `caddie ui` serves it, unless that port is taken."""
 ENVIRONMENT = {"tracking_uri": "MLFLOW_TRACKING_URI", "address": "RAY_ADDRESS"}
+
+
+PathSetting = Annotated[Path, Field(strict=False)]
+"""A path, or the string that TOML has for one."""
 
 
 class ServiceSettings(Settings):
     """How sweeps run here. Keys of caddie.toml are the fields' names."""
 
-    out: Path = Path("caddie-runs")
+    out: PathSetting = Path("caddie-runs")
     """Folder of studies: STUDY/trial-00007/ and, by default, the databases."""
     storage: str | None = None
     """Optuna storage URL; None = SQLite in `out`."""
     tracking_uri: str | None = None
     """MLflow server or database; None = SQLite in `out`."""
+    mlflow_url: str | None = None
+    """Where people open MLflow, for links; None = tracking_uri if that is a server, else where
+    `caddie ui` serves it."""
+    dashboard_url: str = "http://127.0.0.1:8080"
+    """Where people open optuna-dashboard, for links; by default where `caddie ui` serves it."""
     address: str | None = None
     """Ray cluster; None = start one on this machine."""
     runner: Literal["ray", "local"] = "ray"
@@ -42,7 +53,7 @@ class ServiceSettings(Settings):
     serve trial after trial, each from a fresh state; runner = "ray" only."""
     trials_per_gang: PositiveInt = 50
     """After how many trials processes that stay are replaced."""
-    data: Path | None = None
+    data: PathSetting | None = None
     """Folder of shards and tokenizer; None = the embedded corpus."""
     trials: PositiveInt = 12
     """Trials told COMPLETE or PRUNED in all, over every run of the study."""
@@ -55,6 +66,9 @@ class ServiceSettings(Settings):
     """How often a trial is tried when it fails through nobody's choice."""
     grace_seconds: NonNegativeFloat = 60.0
     """How long running trials may go on after the sweep was asked to stop."""
+    hang_seconds: NonNegativeFloat = 300.0
+    """A trial that trains and reports no step for this long is killed and tried again; never less
+    than ten times what its steps take between two reports. 0 = never."""
     max_gpu_hours: PositiveFloat | None = None
     """GPU-hours (worker-hours without GPUs) that trials of a study may hold in all, failed attempts
     included; no trial is started that is expected to pass them. None = no limit."""
@@ -71,6 +85,13 @@ class ServiceSettings(Settings):
     def storage_url(self) -> str:
         """The Optuna storage in use."""
         return self.storage or f"sqlite:///{self.out.absolute() / 'caddie.db'}"
+
+    @property
+    def mlflow_page(self) -> str:
+        """Address of MLflow for people."""
+        served = (self.tracking_uri or "").startswith(("http://", "https://"))
+        page = self.mlflow_url or (self.tracking_uri if served else None) or MLFLOW_URL
+        return mask_passwords(page.rstrip("/"))
 
     @property
     def max_gpu_s(self) -> float | None:
@@ -166,6 +187,12 @@ def nearest(name: str, known: Mapping[str, Any] | list[str]) -> str:
     if near:
         return f"did you mean {', '.join(near)}?"
     return f"there are {', '.join(known) or 'none'}"
+
+
+def with_driver(url: str) -> str:
+    """A PostgreSQL URL that names the client library we bring, psycopg2: SQLAlchemy 2.1 takes a
+    plain `postgresql://` for another one. Any other URL as it is."""
+    return re.sub(r"^postgres(ql)?://", "postgresql+psycopg2://", url)
 
 
 def mask_passwords(text: str) -> str:

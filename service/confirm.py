@@ -5,6 +5,9 @@ again with seeds that nothing has used, in pairs with the incumbent, candidate f
 first by turns, so that a drift of the machine hits both alike. After each pair
 service/reports/significance.py looks whether the track's rule is met, or is out of reach.
 
+Several candidates share the incumbent's seeds: A1 A2 B, B A2 A1, ... Each ends by itself; the p of
+the rule is divided among them, so that the chance of any false record stays below it.
+
 Seeds are trials of their studies, marked with CONFIRMS: the leaderboard sees them, a sweep does not
 count them. Killed at any point, the same call goes on: what is told is kept, what was in flight
 runs again under its number and seed.
@@ -15,7 +18,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 import optuna
@@ -84,10 +87,10 @@ class Seed:
 
 @dataclass
 class Side:
-    """One of the two configurations."""
+    """One of the configurations."""
 
     name: str
-    """CANDIDATE or INCUMBENT."""
+    """INCUMBENT, or what tells this candidate from others."""
     study: optuna.Study
     of: FrozenTrial
     """The trial whose configuration is run."""
@@ -97,6 +100,10 @@ class Side:
     """Place in the order of pairs -> what was measured there."""
     in_vain: int = 0
     """Ends without a score since the last one with a score."""
+
+    @property
+    def is_candidate(self) -> bool:
+        return self.name != INCUMBENT
 
     @property
     def in_order(self) -> list[Seed]:
@@ -147,7 +154,7 @@ class Confirmation:
 
     Args:
         plan: What to run.
-        candidate: The configuration in question.
+        candidates: The configurations in question, with names of their own.
         incumbent: What it must beat; None = only its own mean and deviation are asked for.
         runner: Where seeds run.
         demand: Workers of every seed.
@@ -162,7 +169,7 @@ class Confirmation:
     def __init__(
         self,
         plan: Plan,
-        candidate: Side,
+        candidates: Sequence[Side],
         incumbent: Side | None,
         runner: Runner,
         demand: Demand,
@@ -171,17 +178,22 @@ class Confirmation:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._plan = plan
-        self._sides = [candidate] if incumbent is None else [candidate, incumbent]
+        self._candidates = list(candidates)
+        self._incumbent = incumbent
+        self._sides = [*candidates] if incumbent is None else [*candidates, incumbent]
         self._runner = runner
         self._demand = demand
         self._at_once = at_once
         self._policy = policy or Policy()
         self._clock = clock
         self._leases = _lease_all(self._sides, clock)
-        forget_stop(candidate.study)
+        forget_stop(self._candidates[0].study)
         self._running: dict[tuple[str, int], Run] = {}
         """(side, place) -> its run."""
         self._stop: Stop | None = None
+        """Why nothing more is started."""
+        self._ends: dict[str, Stop] = {}
+        """Name of a candidate -> why it gets no more seeds."""
         self._stop_by = math.inf
         self._looked_for_stop = -math.inf
         self._left: dict[tuple[str, int], int] = {}
@@ -191,10 +203,9 @@ class Confirmation:
             side.in_vain = 0  # whoever calls again has mended what was wrong
         self._decide()
 
-    @property
-    def stopped_by(self) -> Stop | None:
-        """Why no more seeds are started; None while they are."""
-        return self._stop
+    def stopped_by(self, candidate: Side) -> Stop | None:
+        """Why no more seeds of a candidate are started; None while they are."""
+        return self._ends.get(candidate.name, self._stop)
 
     def step(self) -> bool:
         """One turn: never waits for a run. True while work remains."""
@@ -205,6 +216,7 @@ class Confirmation:
             self._attend(place, run)
         self._decide()
         if self._stop is None:
+            self._put_back(self._is_decided)
             self._launch()
         elif self._clock() >= self._stop_by or self._stop is not Stop.REQUESTED:
             self._put_back()
@@ -215,10 +227,9 @@ class Confirmation:
         self._stop = self._stop or Stop.REQUESTED
         self._stop_by = min(self._stop_by, self._clock() + grace_s)
 
-    def standing(self) -> Standing:
-        """The test as of now."""
-        candidate = self._sides[0]
-        incumbent = self._sides[1] if len(self._sides) > 1 else None
+    def standing(self, candidate: Side) -> Standing:
+        """The test of a candidate as of now."""
+        incumbent = self._incumbent
         theirs = incumbent.losses if incumbent is not None else []
         pairs = min(len(candidate.losses), len(theirs))
         ours, theirs = candidate.losses[:pairs], theirs[:pairs]
@@ -264,7 +275,7 @@ class Confirmation:
         bpb = trial.value if trial.state == TrialState.COMPLETE else None
         loss = result.val_loss if result is not None else None
         if bpb is None or loss is None or not math.isfinite(loss):
-            if side.name == CANDIDATE and trial.state == TrialState.PRUNED:
+            if side.is_candidate and trial.state == TrialState.PRUNED:
                 loss = bpb = math.inf  # it diverged or was too slow: that counts against it
             else:
                 side.in_vain += 1
@@ -281,23 +292,39 @@ class Confirmation:
     ) -> Look | None:
         if not all(map(math.isfinite, [*ours, *theirs])):
             return None
-        return look(ours, theirs, self._plan.num_pairs, rule, self._plan.fixed)
+        shared = replace(rule, alpha=rule.alpha / len(self._candidates))
+        return look(ours, theirs, self._plan.num_pairs, shared, self._plan.fixed)
 
     def _decide(self) -> None:
         if self._stop is not None:
             return
-        standing = self.standing()
-        judged = standing.loose if self._plan.rule == LOOSE else standing.strict
+        for candidate in self._candidates:
+            if candidate.name not in self._ends:
+                end = self._end_of(candidate)
+                if end is not None:
+                    self._ends[candidate.name] = end
         if any(side.in_vain >= MAX_IN_VAIN for side in self._sides):
             self._stop = Stop.IN_VAIN
-        elif standing.broken is not None and len(self._sides) > 1:
-            self._stop = Stop.BROKEN
-        elif standing.meets(judged) and not self._plan.fixed:
-            self._stop = Stop.RECORD
-        elif all(len(side.seeds) >= self._plan.num_pairs for side in self._sides):
-            self._stop = Stop.ENOUGH
-        elif judged is not None and judged.chance < FUTILE_BELOW and not self._plan.fixed:
-            self._stop = Stop.FUTILE
+        elif len(self._ends) == len(self._candidates):
+            self._stop = self._ends[self._candidates[-1].name]
+
+    def _end_of(self, candidate: Side) -> Stop | None:
+        """Whether a candidate's seeds decide its case."""
+        standing = self.standing(candidate)
+        judged = standing.loose if self._plan.rule == LOOSE else standing.strict
+        against = [candidate, self._incumbent] if self._incumbent else [candidate]
+        if standing.broken is not None and self._incumbent is not None:
+            return Stop.BROKEN
+        if standing.meets(judged) and not self._plan.fixed:
+            return Stop.RECORD
+        if all(len(side.seeds) >= self._plan.num_pairs for side in against):
+            return Stop.ENOUGH
+        if judged is not None and judged.chance < FUTILE_BELOW and not self._plan.fixed:
+            return Stop.FUTILE
+        return None
+
+    def _is_decided(self, side: Side) -> bool:
+        return side.name in self._ends
 
     def _look_for_stop(self) -> None:
         study, now = self._sides[0].study, self._clock()
@@ -309,7 +336,7 @@ class Confirmation:
                 self.stop_asking(grace_s)
 
     def _open_places(self) -> list[tuple[Side, int]]:
-        """What is to run, in order: A B, B A, A B ..."""
+        """What is to run, in order: A B, B A, A B ...; with more candidates A1 A2 B, B A2 A1 ..."""
         places = []
         for place in range(self._plan.num_pairs):
             sides = self._sides if place % 2 == 0 else self._sides[::-1]
@@ -317,7 +344,9 @@ class Confirmation:
         return [
             (side, place)
             for side, place in places
-            if place not in side.seeds and (side.name, place) not in self._running
+            if place not in side.seeds
+            and (side.name, place) not in self._running
+            and not self._is_decided(side)
         ]
 
     # --- runs -------------------------------------------------------------------------------
@@ -411,9 +440,12 @@ class Confirmation:
         self._left.pop(place, None)
         self._note_end(side, place[1], frozen_trials(side.study)[run.number])
 
-    def _put_back(self) -> None:
-        """Put every seed in flight into the queue, but tell what finished meanwhile."""
+    def _put_back(self, of: Callable[[Side], bool] = lambda side: True) -> None:
+        """Put seeds in flight into the queue, but tell what finished meanwhile; drop those of
+        candidates whose case is decided."""
         for place, run in list(self._running.items()):
+            if not of(self._side(place)):
+                continue
             self._runner.cancel(run.number)
             del self._running[place]
             side, teller = self._side(place), self._teller(place)
@@ -421,7 +453,7 @@ class Confirmation:
             if end is not None:
                 side.book.close(run.spec, run.trial, end)
                 self._note_end(side, place[1], frozen_trials(side.study)[run.number])
-            elif self._stop in (None, Stop.REQUESTED):
+            elif self._stop in (None, Stop.REQUESTED) and not self._is_decided(side):
                 side.book.note_spent(run.trial, run.units(run.lost_s), run.held(self._clock()))
                 requeue(side.study, run.number)
             else:
@@ -429,8 +461,9 @@ class Confirmation:
 
     def _give_up(self, side: Side, run: Run, teller: Teller) -> None:
         """A seed that nobody needs any more: FAIL says nothing of its configuration."""
-        assert self._stop is not None
-        end = teller.given_up(run, f"ended unfinished: {self._stop.value}", self._clock())
+        why = self._ends.get(side.name, self._stop)
+        assert why is not None
+        end = teller.given_up(run, f"ended unfinished: {why.value}", self._clock())
         side.book.close(run.spec, run.trial, end)
 
     def _side(self, place: tuple[str, int]) -> Side:

@@ -118,7 +118,7 @@ def check_attention() -> Finding:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     found, missing = [], []
-    for name in ("sdpa", "flex"):
+    for name in ("sdpa", "flex", "cudnn", "flash4"):
         try:
             select_backend(name, device, lambda line: None)
             found.append(name)

@@ -24,6 +24,7 @@ from optuna.storages._cached_storage import _CachedStorage
 from optuna.storages._rdb import models
 from optuna.storages._rdb.storage import _create_scoped_session
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy import bindparam, select
 from sqlalchemy.dialects import postgresql, sqlite
 
 REFRESH_S = 10.0
@@ -60,6 +61,7 @@ class DriverStorage(_CachedStorage):
         None = no lease is held."""
         self._pending: list[tuple[Any, dict[str, Any]]] | None = None
         """(table, row) of the open batch; None = there is none."""
+        self._statements: dict[Any, Any] = {}
         self._has_looked = False
         """Whether new trials were looked for in this batch: once is enough for an ask."""
 
@@ -225,7 +227,7 @@ class DriverStorage(_CachedStorage):
             self._check_fence(session)
             self._check_unfinished(session, {trial for each in rows.values() for trial, _ in each})
             for model, each in rows.items():
-                session.execute(self._statement(model, list(each.values())))
+                session.connection().execute(self._statement(model), list(each.values()))
 
     @contextmanager
     def _fenced(self) -> Iterator[None]:
@@ -244,34 +246,47 @@ class DriverStorage(_CachedStorage):
         if self.fence is None:
             return
         study_id, key, refuse = self.fence
-        attr = models.StudyUserAttributeModel
-        found = (
-            session.query(attr.value_json)
-            .filter(attr.study_id == study_id, attr.key == key)
-            .with_for_update()
-            .one_or_none()
-        )
+        found = session.connection().execute(_FENCE, {"study": study_id, "name": key}).first()
         if found is not None:
             refuse(json.loads(found[0]))
 
     def _check_unfinished(self, session: Any, trial_ids: set[int]) -> None:
-        trial = models.TrialModel
-        found = session.query(trial.trial_id, trial.state).filter(trial.trial_id.in_(trial_ids))
-        for trial_id, state in found:
+        found = session.connection().execute(_STATES, {"trials": sorted(trial_ids)})
+        for trial_id, state in found.all():
             self._backend.check_trial_is_updatable(trial_id, state)
 
-    def _statement(self, model: Any, rows: list[dict[str, Any]]) -> Any:
-        """Insert rows; an attribute that exists gets the new value."""
-        insert: Any = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}[
-            self._backend.engine.name
-        ](model)
-        if model is models.TrialParamModel:
-            return insert.values(rows)
-        changing = [name for name in rows[0] if name not in ("trial_id", KEYS[model])]
-        return insert.values(rows).on_conflict_do_update(
-            index_elements=["trial_id", KEYS[model]],
-            set_={name: insert.excluded[name] for name in changing},
-        )
+    def _statement(self, model: Any) -> Any:
+        """Inserts rows; an attribute that exists gets the new value. Made once: what is written
+        with lists of rows is not compiled again, however many they are."""
+        if model not in self._statements:
+            insert: Any = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}[
+                self._backend.engine.name
+            ](model.__table__)
+            unique = ("trial_id", KEYS[model])
+            changing = [
+                column.name
+                for column in model.__table__.columns
+                if not column.primary_key and column.name not in unique
+            ]
+            if model is not models.TrialParamModel:
+                insert = insert.on_conflict_do_update(
+                    index_elements=unique,
+                    set_={name: insert.excluded[name] for name in changing},
+                )
+            self._statements[model] = insert
+        return self._statements[model]
+
+
+_ATTRS = models.StudyUserAttributeModel.__table__
+_FENCE = (
+    select(_ATTRS.c.value_json)
+    .where(_ATTRS.c.study_id == bindparam("study"), _ATTRS.c.key == bindparam("name"))
+    .with_for_update()
+)
+_TRIALS = models.TrialModel.__table__
+_STATES = select(_TRIALS.c.trial_id, _TRIALS.c.state).where(
+    _TRIALS.c.trial_id.in_(bindparam("trials", expanding=True))
+)
 
 
 def for_driver(backend: RDBStorage) -> BaseStorage:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 import socket
+import time
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -20,6 +21,7 @@ import psutil
 
 from service.driver_storage import set_fence
 from service.errors import StudyBusyError
+from service.steady_clock import SteadyClock
 
 LEASE_ATTR = "driver"
 HEARTBEAT_S = 5.0
@@ -54,6 +56,8 @@ class DriverLease:
     def __init__(self, study: optuna.Study, clock: Callable[[], float]) -> None:
         self._study = study
         self._clock = clock
+        self._due = SteadyClock() if clock is time.time else clock
+        """Says when to renew; a machine's clock that is put back would not."""
         self._token = uuid.uuid4().hex
         holder = read_lease(study)
         if holder is not None and is_alive(holder, clock()):
@@ -64,7 +68,7 @@ class DriverLease:
 
     def renew(self) -> None:
         """Call often: renews when due. Raises StudyBusyError when the lease was taken over."""
-        if self._clock() - self._renewed >= HEARTBEAT_S:
+        if self._due() - self._renewed >= HEARTBEAT_S:
             self._check()
             self._write()
 
@@ -90,7 +94,7 @@ class DriverLease:
         started = psutil.Process(pid).create_time()
         lease = Lease(self._token, socket.gethostname(), pid, started, now)
         self._study.set_user_attr(LEASE_ATTR, asdict(lease))
-        self._renewed = now
+        self._renewed = self._due()
 
 
 def read_lease(study: optuna.Study) -> Lease | None:
@@ -100,14 +104,22 @@ def read_lease(study: optuna.Study) -> Lease | None:
 
 
 def is_alive(lease: Lease, now: float) -> bool:
-    """Whether the driver still works, as far as this host can tell."""
+    """Whether the driver still works, as far as this host can tell. A heartbeat far in the future
+    is none either: a clock was put back since."""
     if lease.host != socket.gethostname():
-        return now - lease.heartbeat < STALE_S
+        return abs(now - lease.heartbeat) < STALE_S
     try:
         started = psutil.Process(lease.pid).create_time()
     except psutil.NoSuchProcess:
         return False
     return abs(started - lease.process_started) < 1.0
+
+
+def refuse_if_driven(study: optuna.Study, now: float) -> None:
+    """Raises StudyBusyError while a live driver holds the study."""
+    holder = read_lease(study)
+    if holder is not None and is_alive(holder, now):
+        raise _busy(study, holder)
 
 
 def _busy(study: optuna.Study, holder: Lease) -> StudyBusyError:

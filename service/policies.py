@@ -21,6 +21,10 @@ class Policy:
     overhead_s: float = 1800.0
     """A run may take this much beyond its budgets (start, compilation, packing) before it counts
     as hung."""
+    silence_s: float = 300.0
+    """A run that trains and says nothing for this long is hung; 0 = never."""
+    silence_gaps: float = 10.0
+    """But one whose records are far apart may be silent for this many times their longest gap."""
     max_rejections: int = 200
     """Trials rejected before launch in a row that end a sweep."""
     max_failures: int = 5
@@ -112,6 +116,38 @@ def is_overdue(budget: BudgetConfig, running_s: float, policy: Policy) -> bool:
     if budget.train_seconds is None or budget.eval_seconds is None:
         return False
     return running_s > budget.train_seconds + budget.eval_seconds + policy.overhead_s
+
+
+def is_hung(
+    is_training: bool, silent_s: float, longest_gap_s: float, running_s: float, policy: Policy
+) -> bool:
+    """Whether a run must be hung: one rank that hangs holds up all the others in their next
+    collective, and no step is reported any more.
+
+    Args:
+        is_training: It has done a step and has not ended training. Before, it may compile in
+            silence, for as long as the overhead; after, it may score in silence.
+        silent_s: Seconds since its last record.
+        longest_gap_s: The most seconds between two of its records, so far.
+        running_s: Seconds since submission; of a run that has not done a step.
+        policy: The limits.
+    """
+    if policy.silence_s == 0:
+        return False
+    if is_training:
+        return silent_s > max(policy.silence_s, policy.silence_gaps * longest_gap_s)
+    return running_s > policy.overhead_s
+
+
+def hung_error(is_training: bool, silent_s: float) -> str:
+    """What a trial that was cancelled as hung is told to have died of."""
+    if is_training:
+        return (
+            f"hung: no step was reported for {silent_s:.0f} s, so all its processes were killed; a "
+            "rank that hangs holds up the others (py-spy dump shows where); raise hang_seconds if "
+            "its steps are that long"
+        )
+    return f"hung: no step {silent_s:.0f} s after launch, so all its processes were killed"
 
 
 def has_room(budget_s: float | None, held_s: float, owed_s: float, next_s: float) -> bool:

@@ -33,6 +33,7 @@ PACKAGES = (
     "sentencepiece",
     "torch",
     "triton",
+    "zstandard",
 )
 MAX_DIFF_CHARS = 200_000
 SECRET_WORDS = ("token", "password", "passwd", "secret", "api-key", "apikey", "api_key")

@@ -46,6 +46,10 @@ class Run:
     last_reported_step: int = -1
     phases: dict[str, float] = field(default_factory=dict)
     """Seconds of the phases that have ended, as heard."""
+    heard_at: float = 0.0
+    """When its last record came, by the scheduler's clock."""
+    longest_gap_s: float = 0.0
+    """The most budget-clock seconds between two step records, as heard or as its steps are long."""
 
     @property
     def number(self) -> int:
@@ -65,23 +69,38 @@ class Run:
         """Seconds of this trial in GPU-seconds, or in worker-seconds where there is no GPU."""
         return seconds * self.spec.workers * (self.spec.gpus_per_worker or 1)
 
-    def hear(self, update: Update) -> None:
-        """Take in what a runner says."""
+    @property
+    def is_training(self) -> bool:
+        """Whether it has done a step and has more to do, as far as heard."""
+        return bool(self.steps) and "train" not in self.phases
+
+    def hear(self, update: Update, now: float = math.inf) -> None:
+        """Take in what a runner says, at `now` by the scheduler's clock. A worker's clock may
+        differ from it: no record counts as older than the submission, nor as newer than now."""
+        if update.events:
+            self.heard_at = now
         self.state = update.state
         if update.state not in (RunState.STARTING, RunState.RUNNING):
             self.final = update
         for event in update.events:
+            at = min(max(event["time"], self.submitted_at), now)
             if event["kind"] == "step":
+                self._note_gap(event)
                 self.steps.append({**event, "train_loss": number(event["train_loss"])})
-                self.trained_until = event["time"]
+                self.trained_until = at
                 if self.started_at is None:
-                    self.started_at = event["time"] - event["elapsed_s"]
+                    self.started_at = max(at - event["elapsed_s"], self.submitted_at)
             elif event["kind"] == "saved":
                 self.saved_s = float(event["elapsed_s"])
             elif event["kind"] == "phase":
                 self.phases[event["name"]] = float(event["seconds"])
                 if event["name"] == "train":
-                    self.trained_until = event["time"]
+                    self.trained_until = at
+
+    def _note_gap(self, event: dict[str, Any]) -> None:
+        steps_s = self.spec.config.runtime.log_every * event.get("step_ms", 0.0) / 1000
+        gap_s = float(event["elapsed_s"]) - max(self.trained_s, self.saved_s)
+        self.longest_gap_s = max(self.longest_gap_s, steps_s, gap_s)
 
     def held(self, now: float) -> float:
         """GPU-seconds that this attempt has held its gang."""

@@ -10,6 +10,7 @@ with its number and parameters.
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 import time
@@ -34,6 +35,8 @@ from service.policies import (
     Policy,
     Streak,
     ending,
+    hung_error,
+    is_hung,
     is_overdue,
     num_to_launch,
     should_report,
@@ -42,6 +45,7 @@ from service.run import Run
 from service.runners.base import Demand, Runner, RunState, Update
 from service.spending import Spending
 from service.status import RunningTrial, SweepStatus, status_of
+from service.steady_clock import SteadyClock
 from service.study import (
     CONFIRMS,
     STORAGE_FAULTS,
@@ -58,6 +62,7 @@ from service.trial_book import Ending, TrialBook, note_stop
 from trainer.config import BudgetConfig
 
 logger = logging.getLogger(__name__)
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 LOOK_FOR_STOP_S = 1.0
 """Between two looks into the storage for a wish to stop."""
 
@@ -82,7 +87,8 @@ class Scheduler:
             limit. No trial is asked for that is expected to pass it.
         policy: Limits and periods.
         provenance: From service.provenance.collect.
-        clock: Wall-clock seconds, comparable between hosts and with the runner's records.
+        clock: Unix seconds that nobody puts forward or back; None = such a clock. The lease of a
+            study, which other hosts read, keeps to the machine's own.
 
     Raises:
         StudyBusyError: Another live driver works on this study.
@@ -106,7 +112,7 @@ class Scheduler:
         max_gpu_s: float | None = None,
         policy: Policy | None = None,
         provenance: Mapping[str, Any] | None = None,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] | None = None,
     ) -> None:
         track = track or TRACKS[space.track]
         if runner.total_slots(demand) < 1:
@@ -125,8 +131,10 @@ class Scheduler:
         self._num_trials = num_trials
         self._policy = policy or Policy()
         self._teller = Teller(self._judge, self._policy)
+        self._lease = DriverLease(study, clock or time.time)
+        clock = clock or SteadyClock()
         self._clock = clock
-        self._lease = DriverLease(study, clock)
+        self._out_dir = out_dir
         self._spending = Spending(study, runner, demand, track, max_gpu_s, clock)
         self._book = TrialBook(
             study=study,
@@ -153,7 +161,8 @@ class Scheduler:
         self._ending: SweepEnding | None = None
         self._stop_by: float | None = None
         self._looked_for_stop = -math.inf
-        self._storage_away_since: float | None = None
+        self._away_since: float | None = None
+        """Since when nothing can be written down."""
         self._in_order = False
         """Whether the storage holds nothing RUNNING that this driver does not know."""
         self._remembered: set[int] = set()
@@ -177,12 +186,17 @@ class Scheduler:
         try:
             self._turn()
         except STORAGE_FAULTS as error:
-            self._wait_for_storage(error)
+            self._wait(error, f"the storage of study {self._study.study_name!r} does not answer")
+            return True
+        except OSError as error:
+            if error.errno not in NO_SPACE:
+                raise
+            self._wait(error, f"the disk of {self._out_dir} is full: free some space on it")
             return True
         except StudyBusyError:
             self._is_ousted = True
             raise
-        self._storage_away_since = None
+        self._away_since = None
         return self._has_work()
 
     def stop_asking(self, grace_s: float) -> None:
@@ -204,8 +218,8 @@ class Scheduler:
                 self._spending.save(now=True)
                 self._study.set_user_attr("ending", self.ending)
                 self._lease.release()
-        except STORAGE_FAULTS as error:
-            logger.warning("the storage is away (%s); the next driver will clean up", error)
+        except (*STORAGE_FAULTS, OSError) as error:
+            logger.warning("cannot write (%s); the next driver will clean up", error)
         finally:
             self._runner.close()
             for tracker in self._trackers:
@@ -253,18 +267,18 @@ class Scheduler:
                 forget_stop(self._study)
                 self.stop_asking(grace_s)
 
-    def _wait_for_storage(self, error: Exception) -> None:
+    def _wait(self, error: Exception, what: str) -> None:
+        """Nothing can be written down now: the next turn tries again, from what is written."""
         now = self._clock()
         self._in_order = False
         self._lease.expire()
-        if self._storage_away_since is None:
-            self._storage_away_since = now
-            logger.warning("the storage does not answer (%s); trying again", error)
-        if now - self._storage_away_since > self._policy.storage_patience_s:
+        if self._away_since is None:
+            self._away_since = now
+            logger.warning("%s (%s); trying again", what, error)
+        if now - self._away_since > self._policy.storage_patience_s:
             raise StorageError(
-                f"the storage of study {self._study.study_name!r} has not answered for "
-                f"{self._policy.storage_patience_s:g} s; run the same command again when it is "
-                "back, nothing that was told is lost"
+                f"{what}, for {self._policy.storage_patience_s:g} s now; run the same command "
+                "again when that is mended, nothing that was told is lost"
             ) from error
 
     # --- proposals --------------------------------------------------------------------------
@@ -301,7 +315,7 @@ class Scheduler:
 
     def _has_owner(self, run: Run) -> bool:
         """Whether the proposal equals an earlier trial; then it is told again or parked."""
-        owner = self._duplicates.claim(run.spec.config.digest(), run.number)
+        owner = self._duplicates.claim(run.spec.digest, run.number)
         if owner is None:
             return False
         self._book.open(run.spec, run.trial, [])
@@ -314,7 +328,7 @@ class Scheduler:
             if any(other.number == owner for other in self._everything()):
                 continue
             earlier = frozen_trials(self._study)[owner]
-            digest = run.spec.config.digest()
+            digest = run.spec.digest
             if owner in self._told and self._book.folder(owner).verdicts.exists():
                 self._tell(run, self._book.copy_end(run.spec, earlier))
             else:
@@ -352,7 +366,7 @@ class Scheduler:
     def _attend(self, run: Run) -> None:
         if run.final is None:
             update = self._runner.poll(run.number)
-            run.hear(update)
+            run.hear(update, self._clock())
             if update.events:
                 self._book.heard(run.spec, update.events)
                 self._report(run)
@@ -382,8 +396,17 @@ class Scheduler:
                 self._cancel(run, "did not stop when asked")
         elif is_overdue(run.spec.config.budget, running_s, self._policy):
             self._cancel(run, f"cancelled: no result {running_s:.0f} s after launch")
+        elif self._is_hung(run, running_s):
+            silent_s = now - (run.heard_at or run.submitted_at)
+            self._cancel(run, hung_error(run.is_training, silent_s))
         elif judge:
             self._judge_running(run)
+
+    def _is_hung(self, run: Run, running_s: float) -> bool:
+        if run.steps and not run.is_training:
+            return False
+        silent_s = self._clock() - run.heard_at
+        return is_hung(run.is_training, silent_s, run.longest_gap_s, running_s, self._policy)
 
     def _judge_running(self, run: Run) -> None:
         verdicts, broken = self._judge.while_running(run.spec, run.steps)
@@ -394,12 +417,14 @@ class Scheduler:
             self._runner.request_stop(run.number, broken.reason)
 
     def _cancel(self, run: Run, error: str) -> None:
-        self._runner.cancel(run.number)
+        self._runner.cancel(run.number, hung=True)
         run.final = Update(RunState.FAILED, error=error)
         self._conclude(run, run.final)
 
     def _conclude(self, run: Run, update: Update) -> None:
         """A run is over: tell the trial, or try it again."""
+        if update.state is RunState.FAILED:
+            self._book.check_disk()  # a full one fails everybody, and it is no trial's fault
         self._spending.tick(self._running.values())
         end = self._teller.ending_of(run, update, self._clock())
         if end is not None:
@@ -418,7 +443,7 @@ class Scheduler:
         self._spending.learn(end)
         self._streak = self._streak.after(verdict)
         if end.state == TrialState.FAIL:
-            self._duplicates.release(run.spec.config.digest(), run.number)
+            self._duplicates.release(run.spec.digest, run.number)
         else:
             self._note_told(run.number, run.trial.user_attrs)
 

@@ -7,14 +7,14 @@ failures that are nobody's choice and teaches nothing.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.exceptions import OptunaError, StorageInternalError
-from optuna.samplers import TPESampler
+from optuna.exceptions import ExperimentalWarning, OptunaError, StorageInternalError
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.engine import make_url
@@ -22,9 +22,10 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from search_spaces import Space
 from search_spaces.tracks import TRACKS, Track
-from service.config import mask_passwords, nearest
+from service.config import mask_passwords, nearest, with_driver
 from service.driver_storage import for_driver
 from service.errors import StorageError, UsageError
+from service.sampler import QuickTPE, ReplayableTPE
 from service.trial import Verdict
 
 OBJECTIVE = "val_bpb"
@@ -36,8 +37,6 @@ STOP_ATTR = "stop_requested"
 CONFIRMS = "confirms"
 """Attribute of trials that `caddie confirm` ran: fresh seeds, which count towards no sweep."""
 SEED_PATH = "runtime.seed"
-STARTUP_TRIALS = 10
-"""Trials proposed at random before TPE models them."""
 STORAGE_FAULTS = (SQLAlchemyError, StorageInternalError)
 """What a storage raises when it is away or broken."""
 
@@ -62,7 +61,7 @@ def open_study(
         space: What is searched.
         track: Budget in force; None = the space's own.
         overrides: Settings replaced for every trial.
-        seed: Seeds the sampler. A resumed study draws other numbers than it drew before.
+        seed: Seeds the sampler; each trial has a stream of its own.
 
     Raises:
         StorageError: The storage cannot be opened or written.
@@ -90,13 +89,19 @@ def open_study(
             study_name=name, storage=storage, direction="minimize", load_if_exists=True
         )
         _lay_foundation(study, foundation)
-        study.sampler = make_sampler(seed + len(study.get_trials(deepcopy=False)))
+        _name_objective(study)
+        study.sampler = make_sampler(seed)
         _enqueue_once(study, space)
     return study
 
 
-def load_study(name: str, storage_url: str) -> optuna.Study:
-    """An existing study, to look at. Raises StorageError, or UsageError naming near studies."""
+def load_study(name: str, storage_url: str, for_writing: bool = False) -> optuna.Study:
+    """An existing study, to look at, or to write to under its lease.
+
+    Raises:
+        StorageError: The storage cannot be opened.
+        UsageError: There is no such study; names near ones.
+    """
     if not _sqlite_exists(storage_url):
         raise UsageError(
             f"no study {name!r}: there is no storage at {mask_passwords(storage_url)}; start one "
@@ -107,7 +112,8 @@ def load_study(name: str, storage_url: str) -> optuna.Study:
         names = optuna.get_all_study_names(storage)
         if name not in names:
             raise UsageError(f"no study {name!r}; {nearest(name, names)}")
-        return optuna.load_study(study_name=name, storage=storage, sampler=make_sampler(0))
+        kept = for_driver(storage) if for_writing else storage
+        return optuna.load_study(study_name=name, storage=kept, sampler=make_sampler(0))
 
 
 def study_names(storage_url: str) -> list[str]:
@@ -127,29 +133,22 @@ def open_storage(storage_url: str) -> RDBStorage:
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with _storage_errors(storage_url):
-        url = make_url(storage_url)
+        url = make_url(with_driver(storage_url))
         connect: dict[str, Any] = {}
         if url.get_backend_name() == "sqlite":
             connect["timeout"] = 60  # seconds to wait for another process's lock
         if url.get_backend_name() == "postgresql":
             connect["connect_timeout"] = 10
-        if url.drivername == "postgresql":  # by itself it means another client than the one we need
-            url = url.set(drivername="postgresql+psycopg2")
         return RDBStorage(
             url.render_as_string(hide_password=False),
             engine_kwargs={"connect_args": connect, "pool_pre_ping": True},
         )
 
 
-def make_sampler(seed: int) -> TPESampler:
-    """TPE over all axes at once; running trials count as bad until told, so that trials asked at
-    the same time differ. Constraints need no function here: Optuna 5 reads them off the trials."""
-    return TPESampler(
-        seed=seed,
-        multivariate=True,
-        constant_liar=True,
-        n_startup_trials=STARTUP_TRIALS,
-    )
+def make_sampler(seed: int) -> ReplayableTPE:
+    """The sampler of every study. A trial's proposal depends on the seed, its number and the
+    study's trials, not on what this process asked before."""
+    return QuickTPE(seed)
 
 
 def write_constraints(
@@ -269,6 +268,14 @@ def _lay_foundation(study: optuna.Study, foundation: Mapping[str, Any]) -> None:
             f"study {study.study_name!r} exists with other settings; choose another --study, or "
             "ask for the same:\n" + "\n".join(faults)
         )
+
+
+def _name_objective(study: optuna.Study) -> None:
+    """What pages call the value."""
+    if study.metric_names is None:
+        with warnings.catch_warnings():  # Optuna calls it experimental
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            study.set_metric_names(["bits per byte"])
 
 
 def _that_matter(overrides: Mapping[str, Any]) -> dict[str, Any]:

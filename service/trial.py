@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,11 @@ class TrialSpec:
     gpus_per_worker: float = 0.0
     attempt: int = 1
     """1 for the first try; failures that are nobody's choice are tried again."""
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the configuration; equal digests, equal runs."""
+        return self.config.digest()
 
     @property
     def key(self) -> str:

@@ -18,13 +18,14 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from service.attachments import attach
 from service.driver_storage import batch
 from service.filters.configuration import build_config
 from service.ledger import LEDGER_ATTR, WASTED_ATTR
 from service.runners.base import Demand
 from service.study import write_constraints
 from service.tracking.base import Tracker
-from service.tracking.outcome import Outcome, outcome_of
+from service.tracking.outcome import REJECTED, Outcome, outcome_of
 from service.trial import TrialFolder, TrialSpec, Verdict, write_json
 from trainer.config import TrainConfig
 from trainer.report import TrainResult
@@ -32,6 +33,8 @@ from trainer.report import TrainResult
 logger = logging.getLogger(__name__)
 TOLD_FILE = "told.json"
 MAX_ERROR_CHARS = 4000
+PROBE_BYTES = 16384
+"""Room that a trial's records need at the least."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,14 @@ class TrialBook:
         )
         return spec, fault
 
+    def check_disk(self) -> None:
+        """Raises OSError when the study's disk has no room for the files of a trial."""
+        probe = self._study_dir / ".room"
+        try:
+            probe.write_bytes(bytes(PROBE_BYTES))
+        finally:
+            probe.unlink(missing_ok=True)
+
     def folder(self, number: int) -> TrialFolder:
         """Where a trial's files are."""
         return TrialFolder(trial_folder(self._study_dir, number))
@@ -129,9 +140,9 @@ class TrialBook:
             leftover.unlink(missing_ok=True)
         write_json(folder.config, spec.config.to_dict())
         own = {"study": spec.study, "number": spec.number, "recipe": spec.recipe}
-        own |= {"overrides": spec.overrides, "digest": spec.config.digest()}
+        own |= {"overrides": spec.overrides, "digest": spec.digest}
         write_json(folder.provenance, {**own, **self._provenance})
-        attrs: dict[str, Any] = {"digest": spec.config.digest()}
+        attrs: dict[str, Any] = {"digest": spec.digest}
         for verdict in verdicts:
             if verdict.predicted:
                 attrs[f"predicted.{verdict.name}"] = verdict.value
@@ -188,18 +199,19 @@ class TrialBook:
         launched = ending.result is not None or folder.metrics.exists()
         outcome = outcome_of(ending.state.name, verdicts, launched)
         if not _is_told(self._study, trial):
-            self._tell(trial, ending, verdicts, outcome)
+            self._tell(spec, trial, ending, verdicts, outcome)
         self._mirror(spec, ending.state.name, verdicts, ending.result)
         return outcome.verdict
 
     def _tell(
         self,
+        spec: TrialSpec,
         trial: optuna.Trial,
         ending: Ending,
         verdicts: Sequence[Verdict],
         outcome: Outcome,
     ) -> None:
-        reason = outcome.reason or _last_line(ending.error)
+        reason = outcome.reason or gist(ending.error)
         attrs: dict[str, Any] = {"verdict": outcome.verdict, "reason": reason}
         attrs |= _result_attrs(ending.result)
         attrs |= {"spent_s": ending.spent_s, "saved_s": ending.saved_s, **ending.timings}
@@ -216,6 +228,8 @@ class TrialBook:
             attrs["duplicate_of"] = ending.duplicate_of
         with batch(self._study):
             _set_attrs(trial, attrs)
+            if outcome.verdict != REJECTED:
+                attach(self._study, trial, spec.folder)
             if ending.state != TrialState.FAIL:
                 write_constraints(self._study, trial, verdicts)
         self._study.tell(trial, ending.value, ending.state)
@@ -321,6 +335,7 @@ def _set_attrs(trial: optuna.Trial, attrs: Mapping[str, Any]) -> None:
             trial.set_user_attr(name, value)
 
 
-def _last_line(error: str | None) -> str:
-    lines = (error or "").strip().splitlines()
-    return lines[-1][:500] if lines else ""
+def gist(error: str | None) -> str:
+    """The line of an error that says what is wrong: the first, but of a traceback the last."""
+    lines = (error or "").strip().splitlines() or [""]
+    return lines[-1 if lines[0].startswith("Traceback") else 0][:500]

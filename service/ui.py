@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, contextmanager
@@ -21,8 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from service.attachments import attachments_dir
 from service.errors import RunnerError
-from service.tracking.mlflow_mirror import EXPERIMENT
+from service.tracking.mlflow_mirror import VIEW, experiment_names
+from service.tracking.outbox import STUDY_ID_FILE
 
 HOST = "127.0.0.1"
 MLFLOW_PORT = 5000
@@ -78,30 +81,33 @@ def mlflow_command(tracking_uri: str, artifact_root: str, port: int) -> list[str
     ]
 
 
-def dashboard_command(storage_url: str, port: int) -> list[str]:
-    """optuna-dashboard on a storage URL."""
+def dashboard_command(storage_url: str, port: int, attachments: Path) -> list[str]:
+    """optuna-dashboard on a storage URL, with the files of trials."""
+    attachments.mkdir(parents=True, exist_ok=True)
     code = "from optuna_dashboard._cli import main; main()"
     options = ("--host", HOST, "--port", str(port), "--server", "wsgiref")
-    return [sys.executable, "-c", code, *options, storage_url]
+    files = ("--artifact-dir", str(attachments))
+    return [sys.executable, "-c", code, *options, *files, storage_url]
 
 
 def serve(
     storage_url: str,
     tracking_uri: str,
     artifact_root: str,
-    study_id: int | None,
-    log_dir: Path,
+    study: tuple[str, int] | None,
+    out: Path,
     say: Callable[[str], None],
 ) -> None:
     """Start both pages, say their addresses, and wait until told to stop.
 
     Args:
-        study_id: Optuna's id of the study to link to; None = the list of studies.
+        study: Name and Optuna's id of the study to link to; None = the list of studies.
+        out: Folder of studies; logs go there, and trials' files come from there.
         say: Takes one line.
 
     Raises: RunnerError when a page does not start or dies.
     """
-    log_dir.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         stack.enter_context(_stop_signals())
         pages = []
@@ -110,13 +116,13 @@ def serve(
         else:
             port = free_port(MLFLOW_PORT)
             command = mlflow_command(tracking_uri, artifact_root, port)
-            pages.append(_start(stack, "MLflow", command, port, log_dir / "ui-mlflow.log"))
+            pages.append(_start(stack, "MLflow", command, port, out / "ui-mlflow.log"))
         port = free_port(DASHBOARD_PORT)
-        command = dashboard_command(storage_url, port)
-        pages.append(_start(stack, "optuna-dashboard", command, port, log_dir / "ui-optuna.log"))
+        command = dashboard_command(storage_url, port, attachments_dir(out))
+        pages.append(_start(stack, "optuna-dashboard", command, port, out / "ui-optuna.log"))
         for page in pages:
             page.wait_until_up()
-            say(f"{page.name + ':':<17} {_deep_link(page, study_id)}")
+            say(f"{page.name + ':':<17} {_deep_link(page, study, out)}")
         say("Ctrl-C stops both")
         _watch(pages)
 
@@ -190,17 +196,29 @@ def _watch(pages: list[Page]) -> None:
         time.sleep(0.5)
 
 
-def _deep_link(page: Page, study_id: int | None) -> str:
+def _deep_link(page: Page, study: tuple[str, int] | None, out: Path) -> str:
     """The page of the study where the address of one is known."""
-    if page.name != "MLflow":
-        return page.url if study_id is None else f"{page.url}/dashboard/studies/{study_id}"
-    query = f"/api/2.0/mlflow/experiments/get-by-name?experiment_name={EXPERIMENT}"
-    try:
-        with urllib.request.urlopen(page.url + query, timeout=30) as answer:
-            experiment = json.load(answer)["experiment"]["experiment_id"]
-    except (OSError, KeyError, ValueError):  # nothing mirrored yet
+    if study is None:
         return page.url
-    return f"{page.url}/#/experiments/{experiment}/runs"
+    name, number = study
+    if page.name != "MLflow":
+        return f"{page.url}/dashboard/studies/{number}"
+    own_id = out / name / STUDY_ID_FILE
+    for candidate in experiment_names(name, own_id.read_text()) if own_id.exists() else ():
+        experiment = _experiment(page.url, candidate)
+        if experiment is not None:
+            return f"{page.url}/#/experiments/{experiment}/runs?viewStateShareKey={VIEW}"
+    return page.url  # nothing mirrored yet
+
+
+def _experiment(server: str, name: str) -> str | None:
+    query = urllib.parse.urlencode({"experiment_name": name})
+    url = f"{server}/api/2.0/mlflow/experiments/get-by-name?{query}"
+    try:
+        with urllib.request.urlopen(url, timeout=30) as answer:
+            return str(json.load(answer)["experiment"]["experiment_id"])
+    except (OSError, KeyError, ValueError):
+        return None
 
 
 def _answers(url: str) -> bool:

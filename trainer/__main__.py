@@ -12,6 +12,7 @@ import os
 import sys
 from pathlib import Path
 
+from trainer.compile_cache import use_compile_cache
 from trainer.config import TrainConfig, parse_overrides
 from trainer.errors import ConfigError, TrainerError
 from trainer.recipes import RECIPES
@@ -23,6 +24,7 @@ def main() -> int:
     arguments = _parser().parse_args()
     try:
         config = _config(arguments)
+        use_compile_cache(config.runtime.compile_cache)
     except (ConfigError, OSError, json.JSONDecodeError) as error:
         print(f"trainer: {error}", file=sys.stderr)
         return 2

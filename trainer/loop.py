@@ -16,12 +16,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from trainer.calibrate import calibrate, sensitivities
 from trainer.clock import BudgetClock, Gate
 from trainer.compilations import on_compilation
 from trainer.config import TrainConfig
 from trainer.config.recurrence import visits_at
-from trainer.config.row_schedule import row_stages
 from trainer.config.window_stages import window_stage_at
 from trainer.distributed import Group, join_group
 from trainer.ensemble import Ensemble
@@ -30,6 +28,7 @@ from trainer.finish import Finish, PackedSize
 from trainer.legality import illegal_in_use
 from trainer.optim import Optimizer, WeightAverage, build_average, build_optimizer
 from trainer.pacer import StepPacer
+from trainer.priming import prime
 from trainer.quantize.aware import QuantizationAware
 from trainer.quantize.qat_lite import QatLite
 from trainer.report import NullReporter, Reporter, TrainResult
@@ -79,6 +78,8 @@ def train(
                 run.resume(Path(out or scratch), saved)
                 with on_compilation(run.note_compilation):
                     reason = run.train_to_budget()
+                if reason is None and config.runtime.prime_score == "after":
+                    run.prime_score()
             if reason is None:
                 run.apply_average()
                 finish.calibrate()
@@ -158,30 +159,13 @@ class Run:
         if self.config.runtime.prime_steps == 0:
             return
         with self.work.timer.phase("prime"):
-            weights = {name: value.clone() for name, value in self.work.model.state_dict().items()}
-            optimizer_state = self.optimizer.state_dict()
-            position = self.work.loader.state_dict()
-            pacer = StepPacer(self.work.group.device)
-            for start in self._phase_starts():
-                for step in range(self.config.runtime.prime_steps):
-                    started = self.clock.now()
-                    pacer.launched(self._step(step, start))
-                    pacer.drain()
-                self.primed_seconds[start] = self.clock.now() - started
-            self._expect_phase(0.0)
-            if self.config.runtime.prime_steps == 1:
-                self.primed_seconds.clear()  # they are those of compilation
-            if self.config.quantize.method == "gptq":
-                work = self.work
-                hessians = calibrate(self.config, work.model, work.loader, work.group, prime=True)
-                if self.config.quantize.allocate != "off":
-                    sensitivities(
-                        self.config, work.model, work.loader, hessians, work.group, prime=True
-                    )
-            self.work.model.load_state_dict(weights)
-            self.optimizer.load_state_dict(optimizer_state)
-            self.work.loader.load_state_dict(position)
-            self.work.prime_evaluation()
+            seconds = prime(self.work, self.optimizer, self._step, self.clock.now)
+        self.primed_seconds = seconds
+        if self.config.runtime.prime_steps == 1 and self.work.is_compiled:
+            self.primed_seconds.clear()  # they are those of compilation
+        self._expect_phase(0.0)
+        if self.config.runtime.prime_steps == 1:
+            self.primed_seconds.clear()
 
     def resume(self, folder: Path, saved: Saved | None) -> None:
         """Go on where a lost run of the same settings was saved; see to it that this one is."""
@@ -248,7 +232,7 @@ class Run:
         with self.work.timer.phase("restore"):
             load_weights(self.work.model, self.config.source.checkpoint, self.work.group)
         self.average = None
-        self._prime_evaluation()
+        self.prime_score()
 
     def score_only(self, finish: Finish, path: Path) -> TrainResult:
         """The score of a packed file; nothing is trained, nothing written."""
@@ -256,10 +240,11 @@ class Run:
         self.average = None
         size, made = finish.adopt(path)
         self.trained_as = made.model_copy(update={"evaluate": self.config.evaluate})
-        self._prime_evaluation()
+        self.prime_score()
         return self.result(score=finish.score_artifact(path), size=size)
 
-    def _prime_evaluation(self) -> None:
+    def prime_score(self) -> None:
+        """Compile what the score needs, outside every clock."""
         if self.config.runtime.prime_steps:
             with self.work.timer.phase("prime"):
                 self.work.prime_evaluation()
@@ -341,12 +326,6 @@ class Run:
         if self.work.group.max_float(float(reason is not None)) > 0:
             return reason or "stopped with rank 0"
         return None
-
-    def _phase_starts(self) -> list[float]:
-        """Shares of the budget from which steps run another graph."""
-        starts = {phase.start for phase in self.config.recur_phases}
-        starts |= {stage.start for stage in self.config.model.stages}
-        return sorted(starts | {stage.start for stage in row_stages(self.config.data)})
 
     def _expect_phase(self, progress: float) -> None:
         """Tell the clock what a step of a phase that begins takes, from when it was primed: the

@@ -11,7 +11,9 @@ from collections.abc import Callable
 from trainer.config import TrainConfig
 
 OPTIONAL: dict[str, Callable[[TrainConfig], bool]] = {
-    "trainer.attention.flash4": lambda run: run.runtime.attention == "flash4",
+    "trainer.attention.cudnn": lambda run: run.runtime.attention in ("cudnn", "fastest"),
+    "trainer.attention.flash4": lambda run: run.runtime.attention in ("flash4", "fastest"),
+    "trainer.attention.measured": lambda run: run.runtime.attention == "fastest",
     "trainer.attention.pseudo_tokens": lambda run: (
         run.model.iha == "interleaved" and run.model.iha_mask == "block"
     ),

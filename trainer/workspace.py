@@ -81,6 +81,11 @@ class Workspace:
         )
         return cls(config, reporter, group, dataset, byte_table, model, forward, loader, timer)
 
+    @property
+    def is_compiled(self) -> bool:
+        """Whether torch.compile is on."""
+        return self.forward is not self.model
+
     def log(self, line: str) -> None:
         """Say something to the reader of the run's log."""
         self.reporter.emit("log", line=line)
@@ -121,6 +126,7 @@ def build_model(config: TrainConfig, group: Group, log: Callable[[str], None]) -
         log,
         windowed=config.model.window > 0,
         documents=config.model.document_attention,
+        half=_compute_dtype(config, group.device) == torch.bfloat16,
     )
     row_lengths = config.data.row_lengths | {config.evaluate.seq_len}
     model = GPT(config.model, attend, max(row_lengths), row_lengths)

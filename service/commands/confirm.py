@@ -55,83 +55,92 @@ PLANS_ATTR = "confirmations"
 """Study attribute: key of a confirmation -> what was planned for it."""
 
 
+TrialsOption = Annotated[
+    list[int],
+    typer.Option("--trial", metavar="N", min=0, help="A candidate; several share the incumbent."),
+]
+SeedsOption = Annotated[int, typer.Option("--seeds", min=1, help="Of each side, at most.")]
+AgainstOption = Annotated[
+    str | None,
+    typer.Option(
+        "--against",
+        metavar="STUDY:M",
+        help="The incumbent; default: the study's best other configuration; none: no test.",
+    ),
+]
+RuleOption = Annotated[
+    Literal["strict", "loose"],
+    typer.Option(
+        "--rule", help="Which rule ends the run early: 0.005 nats at p < 0.01, or p < 0.25."
+    ),
+]
+FixedFlag = Annotated[
+    bool, typer.Option("--fixed", help="Look once, after all seeds, at the rule's full level.")
+]
+NewFlag = Annotated[
+    bool, typer.Option("--new", help="Begin again with other seeds; chance adds up.")
+]
+AtOnceOption = Annotated[
+    int, typer.Option("--at-once", min=1, help="Runs in flight; 1 = all on one gang.")
+]
+RunnerOption = Annotated[
+    str | None, typer.Option("--runner", help="ray (default), or local: torchrun here.")
+]
+AddressOption = Annotated[
+    str | None, typer.Option("--address", metavar="RAY", help="Ray cluster to join.")
+]
+GraceOption = Annotated[
+    float | None, typer.Option("--grace", min=0, metavar="S", help="For runs at Ctrl-C.")
+]
+
+
 def confirm(
     study: StudyArgument,
-    trial: Annotated[int, typer.Option("--trial", metavar="N", min=0, help="The candidate.")],
-    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Of each side, at most.")] = 5,
-    against: Annotated[
-        str | None,
-        typer.Option(
-            "--against",
-            metavar="STUDY:M",
-            help="The incumbent; default: the study's best other configuration; none: no test.",
-        ),
-    ] = None,
-    rule: Annotated[
-        Literal["strict", "loose"],
-        typer.Option(
-            "--rule", help="Which rule ends the run early: 0.005 nats at p < 0.01, or p < 0.25."
-        ),
-    ] = "strict",
-    fixed: Annotated[
-        bool, typer.Option("--fixed", help="Look once, after all seeds, at the rule's full level.")
-    ] = False,
-    new: Annotated[
-        bool, typer.Option("--new", help="Begin again with other seeds; chance adds up.")
-    ] = False,
-    at_once: Annotated[
-        int, typer.Option("--at-once", min=1, help="Runs in flight; 1 = all on one gang.")
-    ] = 1,
+    trial: TrialsOption,
+    seeds: SeedsOption = 5,
+    against: AgainstOption = None,
+    rule: RuleOption = "strict",
+    fixed: FixedFlag = False,
+    new: NewFlag = False,
+    at_once: AtOnceOption = 1,
     data: DataOption = None,
     out: OutOption = None,
     storage: StorageOption = None,
     tracking: TrackingOption = None,
-    runner: Annotated[
-        str | None, typer.Option("--runner", help="ray (default), or local: torchrun here.")
-    ] = None,
-    address: Annotated[
-        str | None, typer.Option("--address", metavar="RAY", help="Ray cluster to join.")
-    ] = None,
-    grace: Annotated[
-        float | None, typer.Option("--grace", min=0, metavar="S", help="For runs at Ctrl-C.")
-    ] = None,
+    runner: RunnerOption = None,
+    address: AddressOption = None,
+    grace: GraceOption = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Run fresh seeds of a trial, in pairs with the incumbent, and say whether it is a record.
+    """Run fresh seeds of trials, by turns with the incumbent, and say whether they are records.
 
-    Interrupted or killed, the same command goes on. It ends early when the rule is met or has
-    become out of reach; the looks on the way are paid for out of the rule's p.
+    Interrupted or killed, the same command goes on. A candidate ends early when the rule is met or
+    has become out of reach; the looks on the way are paid for out of the rule's p, which several
+    candidates share.
     """
-    settings = load_settings(
-        {
-            "data": data,
-            "out": out,
-            "storage": storage,
-            "tracking_uri": tracking,
-            "runner": runner,
-            "address": address,
-            "grace_seconds": grace,
-        }
-    )
-    question = _Question(study, trial, settings)
+    given: dict[str, Any] = {"data": data, "out": out, "storage": storage, "tracking_uri": tracking}
+    given |= {"runner": runner, "address": address, "grace_seconds": grace}
+    question = _Question(study, trial, load_settings(given))
     rival = question.rival(against)
     if rival is not None and seeds < 2:
         raise UsageError("--seeds 1: a test needs at least two of each side; ask for --seeds 2")
-    document = question.answer(rival, seeds, rule, fixed, new, at_once)
+    documents = question.answer(rival, seeds, rule, fixed, new, at_once)
     if as_json:
-        print_json(document)
+        print_json(documents[0] if len(documents) == 1 else documents)
     else:
-        _show(document)
-    if document["ended_by"] in ("REQUESTED", "IN_VAIN"):
+        _show(documents)
+    if any(document["ended_by"] in ("REQUESTED", "IN_VAIN") for document in documents):
         raise typer.Exit(1)
 
 
 class _Question:
-    """One candidate, and the parts it takes to run it."""
+    """The candidates, and the parts it takes to run them."""
 
-    def __init__(self, study: str, trial: int, settings: ServiceSettings) -> None:
+    def __init__(self, study: str, trials: list[int], settings: ServiceSettings) -> None:
+        if len(set(trials)) < len(trials):
+            raise UsageError("--trial: each candidate once; their seeds are --seeds")
         self._settings = settings
-        self._study, self._trial = study, trial
+        self._study, self._trials = study, trials
         self._workers: tuple[int, float] = (1, 0.0)
         self._digest = ""
 
@@ -143,11 +152,11 @@ class _Question:
             name, colon, place = against.rpartition(":")
             if not colon or not place.isdecimal():
                 raise UsageError(f"--against {against}: write it as STUDY:M, such as smoke:3")
-            if (name, int(place)) == (self._study, self._trial):
+            if name == self._study and int(place) in self._trials:
                 raise UsageError(f"--against {against}: that is the candidate itself")
             return name, int(place)
         for row in leaderboard_rows(self._study, self._settings)[0]:
-            if self._trial not in row.numbers:
+            if not set(self._trials) & set(row.numbers):
                 return self._study, row.numbers[0]
         return None
 
@@ -159,41 +168,49 @@ class _Question:
         fixed: bool,
         new: bool,
         at_once: int,
-    ) -> dict[str, Any]:
-        """Run what is missing and say what it shows."""
-        from service.confirm import CANDIDATE, INCUMBENT, Confirmation
+    ) -> list[dict[str, Any]]:
+        """Run what is missing and say what it shows of each candidate."""
+        from service.confirm import INCUMBENT, Confirmation
         from service.live import LiveTable
         from service.runners.base import Demand
 
         live = LiveTable(messages(), self._settings.gpu_hour_price)
         trackers: dict[str, list[Any]] = {}
-        candidate = self._side(CANDIDATE, self._study, self._trial, live, trackers)
+        candidates = [
+            self._side(self._name(trial), self._study, trial, live, trackers)
+            for trial in self._trials
+        ]
         incumbent = self._side(INCUMBENT, *rival, live, trackers) if rival is not None else None
-        plan = _plan(candidate, incumbent, seeds, rule, fixed, new)
+        plan = _plan(candidates, incumbent, seeds, rule, fixed, new)
         workers, gpus = self._workers
         demand = Demand(workers, gpus, self._settings.cpus_per_worker)
         with log_to(live), StopSignals() as signals:
             say(f"confirming {plan.key}: starting {self._settings.runner}")
             runner = make_runner(self._settings)
             try:
-                run = Confirmation(plan, candidate, incumbent, runner, demand, at_once)
+                run = Confirmation(plan, candidates, incumbent, runner, demand, at_once)
             except BaseException:
                 runner.close()
                 raise
             signals.are_heard = True
             try:
                 with live:
-                    _loop(run, candidate, signals, live, self._settings.grace_seconds)
+                    _loop(run, candidates, signals, live, self._settings.grace_seconds)
             finally:
                 run.close()
                 for tracker in (each for ours in trackers.values() for each in ours):
                     tracker.close()
-        return _document(plan, candidate, incumbent, run)
+        return [_document(plan, candidate, incumbent, run) for candidate in candidates]
+
+    def _name(self, trial: int) -> str:
+        from service.confirm import CANDIDATE
+
+        return CANDIDATE if len(self._trials) == 1 else f"{CANDIDATE} {trial}"
 
     def _side(
         self, name: str, study: str, trial: int, live: LiveTable, trackers: dict[str, list[Any]]
     ) -> Side:
-        from service.confirm import CANDIDATE, Side
+        from service.confirm import Side
         from service.filters import default_filters
         from service.judge import Judge
         from service.provenance import collect
@@ -207,17 +224,17 @@ class _Question:
         settings = self._settings
         loaded, frozen, files, config = _trial_to_confirm(study, trial, settings)
         digest = Dataset.open(config.data.dir).digest
-        if name == CANDIDATE:
+        if not self._digest:  # the first candidate
             entry = read_entry(files.path)
             self._workers = (entry.workers, entry.gpus_per_worker) if entry else (1, 0.0)
             self._digest = digest
         elif digest != self._digest:
             raise UsageError(
                 f"trial {study}:{trial} was scored on another data set than {self._study}:"
-                f"{self._trial}; their losses cannot be compared. Give both the same --data"
+                f"{self._trials[0]}; their losses cannot be compared. Give both the same --data"
             )
         if study not in trackers:
-            trackers[study] = trackers_of(study, settings, live)
+            trackers[study] = trackers_of(loaded, settings, live)
         recipe = loaded.user_attrs["recipe"]
         base = RECIPES[recipe].build()
         given = {SEED_PATH, *frozen.params}
@@ -267,16 +284,22 @@ def _trial_to_confirm(
 
 
 def _plan(
-    candidate: Side, incumbent: Side | None, seeds: int, rule: str, fixed: bool, new: bool
+    candidates: list[Side],
+    incumbent: Side | None,
+    seeds: int,
+    rule: str,
+    fixed: bool,
+    new: bool,
 ) -> Plan:
-    """What the first call of this pair planned; it must not change with what was seen."""
+    """What the first call of this question planned; it must not change with what was seen."""
     from service.confirm import Plan
     from service.reports.significance import LOOSE, STRICT
 
-    key = f"{candidate.study.study_name}:{candidate.of.number}"
+    study = candidates[0].study
+    key = f"{study.study_name}:{','.join(str(side.of.number) for side in candidates)}"
     if incumbent is not None:
         key += f" against {incumbent.study.study_name}:{incumbent.of.number}"
-    plans: dict[str, Any] = candidate.study.user_attrs.get(PLANS_ATTR, {})
+    plans: dict[str, Any] = study.user_attrs.get(PLANS_ATTR, {})
     earlier = [name for name in plans if name == key or name.startswith(f"{key} #")]
     if new and earlier:
         say(f"this pair was confirmed {len(earlier)} times before: the chance of luck adds up")
@@ -290,28 +313,34 @@ def _plan(
             f"the confirmation {key} was planned with {then}: another plan after a look would void "
             "its p. Give the same, or begin again with --new"
         )
-    candidate.study.set_user_attr(PLANS_ATTR, {**plans, key: asked})
+    study.set_user_attr(PLANS_ATTR, {**plans, key: asked})
     return Plan(key, seeds, STRICT if rule == "strict" else LOOSE, fixed)
 
 
 def _loop(
-    run: Confirmation, candidate: Side, signals: StopSignals, live: LiveTable, grace_s: float
+    run: Confirmation,
+    candidates: list[Side],
+    signals: StopSignals,
+    live: LiveTable,
+    grace_s: float,
 ) -> None:
     from service.status import status_of
 
-    shown, obeyed, pairs = 0.0, 0, 0
+    shown, obeyed = 0.0, 0
+    pairs = dict.fromkeys((side.of.number for side in candidates), 0)
     while run.step():
         if signals.count > obeyed:
             obeyed = signals.count
             run.stop_asking(0.0 if obeyed > 1 else grace_s)
             live.say("stopping; the same command goes on")
-        standing = run.standing()
-        done = min(len(standing.candidate), len(standing.incumbent))
-        if done > pairs:
-            pairs = done
-            live.say(_progress(standing, done))
+        for side in candidates:
+            standing = run.standing(side)
+            done = min(len(standing.candidate), len(standing.incumbent))
+            if done > pairs[side.of.number]:
+                pairs[side.of.number] = done
+                live.say(f"trial {side.of.number}: {_progress(standing, done)}")
         if time.monotonic() - shown >= SHOW_EVERY_S:
-            live.show(status_of(candidate.study, running=run.rows()))
+            live.show(status_of(candidates[0].study, running=run.rows()))
             shown = time.monotonic()
         time.sleep(TURN_S)
 
@@ -328,9 +357,9 @@ def _progress(standing: Standing, pairs: int) -> str:
 def _document(
     plan: Plan, candidate: Side, incumbent: Side | None, run: Confirmation
 ) -> dict[str, Any]:
-    standing = run.standing()
+    standing = run.standing(candidate)
     test, rules = standing.test, candidate.study.user_attrs["track"]
-    stopped = run.stopped_by
+    stopped = run.stopped_by(candidate)
     tested = incumbent is not None and test is not None
     return {
         "study": candidate.study.study_name,
@@ -367,19 +396,28 @@ def _describe(seeds: list[Seed]) -> dict[str, Any]:
     }
 
 
-def _show(document: dict[str, Any]) -> None:
+def _show(documents: list[dict[str, Any]]) -> None:
+    """For a person: all sides in one table, then what was found of each candidate."""
     console = output()
     columns = ("seeds", "bits per byte", "deviation")
     table = make_table("", *columns, "95 % of the mean", "trials", right=columns)
-    rows = [(f"{document['study']}:{document['trial']}", document)]
-    if document["incumbent"] is not None:
-        rows.append((document["against"], document["incumbent"]))
+    rows = [(f"{document['study']}:{document['trial']}", document) for document in documents]
+    if documents[0]["incumbent"] is not None:
+        rows.append((documents[0]["against"], documents[0]["incumbent"]))
     for name, side in rows:
         interval = "-" if side["interval"] is None else "{:.5f} .. {:.5f}".format(*side["interval"])
         trials = ",".join(map(str, side["trials"]))
         values = (str(side["n"]), number(side["mean"], 5), number(side["std"], 5))
         table.add_row(name, *values, interval, trials)
     console.print(table)
+    for document in documents:
+        if len(documents) > 1:
+            console.print(f"\n{document['study']}:{document['trial']}")
+        _show_verdict(document)
+
+
+def _show_verdict(document: dict[str, Any]) -> None:
+    console = output()
     if document["margin_nats"] is not None:
         low, high = document["margin_interval"]
         console.print(

@@ -107,9 +107,9 @@ def ui(
 
     settings = load_settings({"storage": storage, "tracking_uri": tracking, "out": out})
     if study is not None:
-        study_id = load_study(study, settings.storage_url)._study_id
+        opened = (study, load_study(study, settings.storage_url)._study_id)
     else:
-        study_id = None
+        opened = None
         settings.out.mkdir(parents=True, exist_ok=True)
         open_storage(settings.storage_url)
     root = artifact_root(settings) or ""
@@ -117,7 +117,7 @@ def ui(
         settings.storage_url,
         tracking_uri(settings),
         root,
-        study_id,
+        opened,
         settings.out.absolute(),
         output().print,
     )

@@ -17,42 +17,51 @@ if TYPE_CHECKING:
     from service.simulate import Load, Simulated
 
 
+SpaceArgument = Annotated[str, typer.Argument(metavar="SPACE", help="See `caddie spaces`.")]
+NodesOption = Annotated[int, typer.Option("--nodes", min=1, help="Pretended nodes.")]
+GpusOption = Annotated[int, typer.Option("--gpus-per-node", min=1, help="GPUs of each.")]
+TrialsOption = Annotated[int, typer.Option("--trials", min=1, help="COMPLETE or PRUNED.")]
+TrialSecondsOption = Annotated[
+    float,
+    typer.Option("--trial-seconds", metavar="S", help="A trial's own work, from compilation."),
+]
+FailuresOption = Annotated[
+    float, typer.Option("--failures", metavar="RATE", help="Share of attempts that are lost.")
+]
+GangsOption = Annotated[
+    str, typer.Option("--gangs", metavar="N,N...", help="GPUs of a trial; several take turns.")
+]
+StartOption = Annotated[
+    float | None,
+    typer.Option(
+        "--start-seconds",
+        metavar="S",
+        help="From submission to a trial's own work; default: as measured for one TorchTrainer per "
+        "trial.",
+    ),
+]
+TeardownOption = Annotated[
+    float | None,
+    typer.Option("--teardown-seconds", metavar="S", help="From its end until its GPUs are free."),
+]
+BadNodesOption = Annotated[
+    int, typer.Option("--bad-nodes", min=0, help="Nodes on which every attempt fails.")
+]
+SeedOption = Annotated[int, typer.Option("--seed", help="Of the sampler and of chance.")]
+
+
 def simulate(
-    space: Annotated[str, typer.Argument(metavar="SPACE", help="See `caddie spaces`.")],
-    nodes: Annotated[int, typer.Option("--nodes", min=1, help="Pretended nodes.")] = 64,
-    gpus_per_node: Annotated[int, typer.Option("--gpus-per-node", min=1, help="GPUs of each.")] = 8,
-    trials: Annotated[int, typer.Option("--trials", min=1, help="COMPLETE or PRUNED.")] = 2000,
-    trial_seconds: Annotated[
-        float,
-        typer.Option("--trial-seconds", metavar="S", help="A trial's own work, from compilation."),
-    ] = 600.0,
-    failures: Annotated[
-        float,
-        typer.Option("--failures", metavar="RATE", help="Share of attempts that are lost."),
-    ] = 0.0,
-    gangs: Annotated[
-        str,
-        typer.Option("--gangs", metavar="N,N...", help="GPUs of a trial; several take turns."),
-    ] = "8",
-    start: Annotated[
-        float | None,
-        typer.Option(
-            "--start-seconds",
-            metavar="S",
-            help="From submission to a trial's own work; default: as measured for one "
-            "TorchTrainer per trial.",
-        ),
-    ] = None,
-    teardown: Annotated[
-        float | None,
-        typer.Option(
-            "--teardown-seconds", metavar="S", help="From its end until its GPUs are free."
-        ),
-    ] = None,
-    bad_nodes: Annotated[
-        int, typer.Option("--bad-nodes", min=0, help="Nodes on which every attempt fails.")
-    ] = 0,
-    seed: Annotated[int, typer.Option("--seed", help="Of the sampler and of chance.")] = 0,
+    space: SpaceArgument,
+    nodes: NodesOption = 64,
+    gpus_per_node: GpusOption = 8,
+    trials: TrialsOption = 2000,
+    trial_seconds: TrialSecondsOption = 600.0,
+    failures: FailuresOption = 0.0,
+    gangs: GangsOption = "8",
+    start: StartOption = None,
+    teardown: TeardownOption = None,
+    bad_nodes: BadNodesOption = 0,
+    seed: SeedOption = 0,
     storage: StorageOption = None,
     as_json: JsonFlag = False,
 ) -> None:

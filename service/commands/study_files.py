@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from service.config import ServiceSettings
+from service.config import ServiceSettings, with_driver
+
+if TYPE_CHECKING:
+    import optuna
 
 
 def study_dir(settings: ServiceSettings, study: str) -> Path:
@@ -14,7 +18,9 @@ def study_dir(settings: ServiceSettings, study: str) -> Path:
 
 def tracking_uri(settings: ServiceSettings) -> str:
     """The MLflow store in use; by default SQLite beside the studies."""
-    return settings.tracking_uri or f"sqlite:///{settings.out.absolute() / 'mlflow.db'}"
+    if settings.tracking_uri:
+        return with_driver(settings.tracking_uri)
+    return f"sqlite:///{settings.out.absolute() / 'mlflow.db'}"
 
 
 def artifact_root(settings: ServiceSettings) -> str | None:
@@ -22,3 +28,8 @@ def artifact_root(settings: ServiceSettings) -> str | None:
     if tracking_uri(settings).startswith(("http://", "https://", "databricks")):
         return None
     return (settings.out.absolute() / "mlartifacts").as_uri()
+
+
+def dashboard_page(settings: ServiceSettings, study: optuna.Study) -> str:
+    """Address of a study in optuna-dashboard, for people."""
+    return f"{settings.dashboard_url.rstrip('/')}/dashboard/studies/{study._study_id}"

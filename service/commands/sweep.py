@@ -159,7 +159,7 @@ def _run_to_end(plan: Plan, settings: ServiceSettings) -> tuple[Study, bool]:
         f"study {plan.name} is finished: {before.told} trials of {settings.trials}. Ask for "
         "more with --trials, or start afresh with --new"
     )
-    mirror_leftovers(plan)
+    mirror_leftovers(plan, opened)
     return opened, True
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from service.commands.data import data_for
 from service.commands.recipe_config import recipe_named, settings_of_source
 from service.commands.recipe_config import settings as overrides_from
-from service.commands.study_files import artifact_root, study_dir, tracking_uri
+from service.commands.study_files import artifact_root, dashboard_page, study_dir, tracking_uri
 from service.commands.terminal import messages, named, say
 from service.config import ServiceSettings, mask_passwords
 from service.errors import UsageError
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from search_spaces import Space
     from search_spaces.tracks import Track
     from service.live import LiveTable
+    from service.policies import Policy
     from service.runners.base import Runner
     from service.scheduler import Scheduler
     from service.tracking.base import Tracker
@@ -138,7 +139,6 @@ def draw_picture(plan: Plan, study: optuna.Study) -> None:
 
 def _make_scheduler(plan: Plan, study: optuna.Study, live: LiveTable) -> Scheduler:
     from service.filters import default_filters
-    from service.policies import Policy
     from service.provenance import collect
     from service.runners.base import Demand
     from service.scheduler import Scheduler
@@ -149,7 +149,7 @@ def _make_scheduler(plan: Plan, study: optuna.Study, live: LiveTable) -> Schedul
     runner = make_runner(settings)
     trackers: list[Tracker] = []
     try:
-        trackers = trackers_of(plan.name, settings, live)
+        trackers = trackers_of(study, settings, live)
         return Scheduler(
             study,
             plan.space,
@@ -162,7 +162,7 @@ def _make_scheduler(plan: Plan, study: optuna.Study, live: LiveTable) -> Schedul
             track=plan.track,
             overrides=plan.overrides,
             max_gpu_s=settings.max_gpu_s,
-            policy=Policy(max_attempts=settings.max_attempts),
+            policy=policy_of(settings),
             provenance=provenance,
         )
     except BaseException:
@@ -170,6 +170,13 @@ def _make_scheduler(plan: Plan, study: optuna.Study, live: LiveTable) -> Schedul
         for tracker in trackers:
             tracker.close(0.0)
         raise
+
+
+def policy_of(settings: ServiceSettings) -> Policy:
+    """The limits that the settings name; the others as they are."""
+    from service.policies import Policy
+
+    return Policy(max_attempts=settings.max_attempts, silence_s=settings.hang_seconds)
 
 
 def make_runner(settings: ServiceSettings) -> Runner:
@@ -187,31 +194,38 @@ def make_runner(settings: ServiceSettings) -> Runner:
     from service.runners.ray_runner import RayRunner
 
     return RayRunner(
-        settings.address, isolation=settings.isolation, trials_per_gang=settings.trials_per_gang
+        settings.address,
+        isolation=settings.isolation,
+        trials_per_gang=settings.trials_per_gang,
+        policy=policy_of(settings),
     )
 
 
-def trackers_of(study: str, settings: ServiceSettings, live: LiveTable) -> list[Tracker]:
-    """The mirrors of a study: JSON lines, the console, MLflow."""
+def trackers_of(study: optuna.Study, settings: ServiceSettings, live: LiveTable) -> list[Tracker]:
+    """The mirrors of a study: JSON lines, the console, MLflow, notes in optuna-dashboard."""
     from service.live import ConsoleTracker
+    from service.tracking.dashboard_notes import DashboardNotes
     from service.tracking.jsonl_tracker import JsonlTracker
     from service.tracking.mlflow_tracker import MlflowTracker
 
-    folder = study_dir(settings, study)
+    folder = study_dir(settings, study.study_name)
+    mlflow = MlflowTracker(
+        study.study_name,
+        folder,
+        tracking_uri(settings),
+        artifact_root(settings),
+        warn=lambda line: live.say(line, "yellow"),
+        dashboard=dashboard_page(settings, study),
+    )
     return [
         JsonlTracker(folder / "trials.jsonl"),
         ConsoleTracker(live),
-        MlflowTracker(
-            study,
-            folder,
-            tracking_uri(settings),
-            artifact_root(settings),
-            warn=lambda line: live.say(line, "yellow"),
-        ),
+        mlflow,
+        DashboardNotes(study, mlflow.page_of(settings.mlflow_page)),
     ]
 
 
-def mirror_leftovers(plan: Plan) -> None:
+def mirror_leftovers(plan: Plan, study: optuna.Study) -> None:
     """Send what an earlier sweep of the study could not."""
     from service.tracking.mlflow_tracker import MlflowTracker
     from service.tracking.outbox import unsent_folders
@@ -219,9 +233,10 @@ def mirror_leftovers(plan: Plan) -> None:
     folder, uri = study_dir(plan.settings, plan.name), tracking_uri(plan.settings)
     if folder.exists() and unsent_folders(folder, mask_passwords(uri)):
         say("mirroring to MLflow what is not there yet")
-        MlflowTracker(plan.name, folder, uri, artifact_root(plan.settings), warn=say).close(
-            MIRROR_GRACE_S
-        )
+        page = dashboard_page(plan.settings, study)
+        MlflowTracker(
+            plan.name, folder, uri, artifact_root(plan.settings), warn=say, dashboard=page
+        ).close(MIRROR_GRACE_S)
 
 
 def _loop(scheduler: Scheduler, signals: StopSignals, live: LiveTable, grace_s: float) -> None:

@@ -24,6 +24,7 @@ from service.commands.terminal import (
 )
 from service.errors import RunnerError, UsageError
 from service.trial import TrialFolder, TrialSpec, write_json
+from trainer.compile_cache import use_compile_cache
 from trainer.config import TrainConfig
 from trainer.report import EventKind, FileReporter, TrainResult, describe
 
@@ -70,6 +71,7 @@ def run(config: TrainConfig, folder: Path, nproc: int) -> TrainResult:
     write_json(files.config, config.to_dict())
     if nproc > 1:
         return _run_processes(config, folder, nproc)
+    use_compile_cache(config.runtime.compile_cache)
     say("loading torch")
     from trainer.loop import train as train_here
 

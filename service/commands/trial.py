@@ -1,9 +1,11 @@
-"""`caddie trial show` and `caddie trial rerun`: everything known of one trial, and once more."""
+"""`caddie trial show|explain|rerun`: everything known of one trial, why it is so, and once more."""
 
 from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,6 +31,8 @@ from trainer.config import TrainConfig
 if TYPE_CHECKING:
     from service.reports.study_view import TrialView
 
+RESULT_PACKAGES = ("brotli", "numpy", "torch", "triton", "zstandard")
+"""Whose versions move a loss or an artifact."""
 NumberArgument = Annotated[int, typer.Argument(metavar="N", min=0, help="Trial number.")]
 
 
@@ -101,6 +105,41 @@ def rerun(
             output().print("schedules follow the clock: equal up to the steps that fit into it")
         output().print(f"files: {folder}")
     if result.status == "stopped":
+        raise typer.Exit(1)
+
+
+def explain(
+    study: StudyArgument,
+    trial: NumberArgument,
+    storage: StorageOption = None,
+    out: OutOption = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Say where a trial's parameters come from, and ask the sampler for them again.
+
+    Exits with 1 when asking again gives others.
+    """
+    from service.study import load_study
+    from service.suggestion import suggest_again
+
+    settings = load_settings({"storage": storage, "out": out})
+    found = suggest_again(load_study(study, settings.storage_url), trial)
+    for difference in versions_since(trial_files(settings, study, trial), ("optuna", "numpy")):
+        warn(difference)
+    if as_json:
+        print_json({**asdict(found), "same": found.same})
+    else:
+        table = make_table("", "stored", "asked again")
+        for path, value in found.params.items():
+            again = "" if found.again is None else str(found.again.get(path, "-"))
+            table.add_row(path, str(value), again)
+        output().print(f"trial {trial}: {found.origin}", table)
+        if found.again is not None:
+            output().print(
+                f"from {found.known} trials that had ended and {found.running} that ran, seed "
+                f"{found.seed}: " + ("the same" if found.same else "not the same")
+            )
+    if found.same is False:
         raise typer.Exit(1)
 
 
@@ -193,10 +232,31 @@ def changes_since(files: TrialFolder, config: TrainConfig) -> list[str]:
     from trainer.data.dataset import Dataset
 
     then = json.loads(files.provenance.read_text())
-    changes = []
+    changes = versions_since(files)
     digest = Dataset.open(config.data.dir).digest
     if then.get("data_digest") not in (None, digest):
         changes.append(f"the data set is another: digest {digest}, was {then['data_digest']}")
     if then.get("code") not in (None, describe_code(Path(__file__).parent)):
         changes.append("the code has changed since: see provenance.json")
     return changes
+
+
+def versions_since(files: TrialFolder, packages: Sequence[str] = RESULT_PACKAGES) -> list[str]:
+    """Which packages have another version than when the trial ran, in sentences."""
+    if not files.provenance.exists():
+        return []
+    from service.provenance import package_versions
+
+    then, now = json.loads(files.provenance.read_text()).get("packages", {}), package_versions()
+    return [
+        f"{name} is another: {now.get(name, 'not installed')}, was {then[name]}"
+        for name in packages
+        if name in then and then[name] != now.get(name)
+    ]
+
+
+def trial_files(settings: ServiceSettings, study: str, trial: int) -> TrialFolder:
+    """The folder of a stored trial, where it is at hand."""
+    from service.trial_book import trial_folder
+
+    return TrialFolder(trial_folder(study_dir(settings, study), trial))

@@ -75,8 +75,9 @@ class Runner(Protocol):
         """Ask the trial to stop at the next step boundary, on every rank at once."""
         ...
 
-    def cancel(self, number: int) -> None:
-        """End the trial's processes now and free what they hold; the trial is forgotten."""
+    def cancel(self, number: int, hung: bool = False) -> None:
+        """End the trial's processes now and free what they hold; the trial is forgotten. `hung`:
+        it did not end by itself when it should have, which counts against its node."""
         ...
 
     def close(self) -> None:

@@ -126,7 +126,7 @@ class FakeRunner:
         trial = self._submitted[number]
         trial.stop, trial.stop_at = reason, self.now()
 
-    def cancel(self, number: int) -> None:
+    def cancel(self, number: int, hung: bool = False) -> None:
         del self._submitted[number]
 
     def close(self) -> None:

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ import psutil
 import trainer
 from service.errors import RunnerError
 from service.runners.base import Demand, RunState, Update
+from service.runners.gpu_watch import append_to, watch_gpus
 from service.runners.processes import kill, marked
 from service.trial import TrialFolder, TrialSpec, write_json
 
@@ -36,7 +37,12 @@ TERM_GRACE_S = 5.0
 """How long torchrun may take to end its ranks before they are killed."""
 LOG_TAIL_LINES = 60
 """How much of train.log an error repeats."""
-OUT_OF_MEMORY_MARKS = ("OutOfMemoryError", "MemoryError", "CUDA out of memory")
+OUT_OF_MEMORY_MARKS = (
+    "OutOfMemoryError",
+    "MemoryError",
+    "CUDA out of memory",
+    "can't allocate memory",
+)
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _PR_SET_PDEATHSIG = 1
@@ -55,6 +61,8 @@ class LocalTrial:
     """Bytes of metrics.jsonl that were handed out."""
     state: RunState = RunState.STARTING
     ending: threading.Thread | None = None
+    watching: ExitStack = field(default_factory=ExitStack)
+    """Samples its GPUs until it is closed."""
 
     @property
     def folder(self) -> TrialFolder:
@@ -77,6 +85,7 @@ class LocalTrial:
 
     def end(self) -> None:
         """End all its processes; returns when none is left."""
+        self.watching.close()
         if self.launcher.poll() is None:
             self.launcher.send_signal(signal.SIGTERM)
             with suppress(subprocess.TimeoutExpired):  # then the ranks first: they outlive it
@@ -165,7 +174,7 @@ class LocalRunner:
         partial.write_text(reason + "\n")
         partial.replace(stop)
 
-    def cancel(self, number: int) -> None:
+    def cancel(self, number: int, hung: bool = False) -> None:
         trial = self._trial(number)
         del self._trials[number]
         trial.ending = threading.Thread(target=trial.end, name=f"end {trial.spec.key}")
@@ -209,7 +218,9 @@ def _launch(spec: TrialSpec, demand: Demand, gpus: list[str], module: str) -> Lo
             start_new_session=True,  # Ctrl-C is for the driver, which then decides
             preexec_fn=_die_with(os.getpid()),
         )
-    return LocalTrial(spec, demand, gpus, token, launcher)
+    trial = LocalTrial(spec, demand, gpus, token, launcher)
+    trial.watching.enter_context(watch_gpus(gpus, append_to(folder.metrics)))
+    return trial
 
 
 def _command(spec: TrialSpec, demand: Demand, module: str) -> list[str]:
@@ -253,7 +264,7 @@ def _explain(trial: LocalTrial, code: int) -> tuple[RunState, str]:
     error = (
         f"{head}\n\nend of {log}:\n{tail}\n\n"
         f"trial {trial.spec.key}, attempt {trial.spec.attempt}, "
-        f"config {trial.spec.config.digest()}\n"
+        f"config {trial.spec.digest}\n"
         f"alone: caddie trial rerun {trial.spec.study} {trial.spec.number}"
     )
     return (RunState.OUT_OF_MEMORY if out_of_memory else RunState.FAILED), error

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 
 from service.errors import RunnerError
 from service.placement import Node, Placement
-from service.policies import Policy, is_quarantined
+from service.policies import Policy
+from service.quarantine import Quarantine
 from service.runners.base import Demand, RunState, Update
 from service.runners.fake_runner import FakeRun, FakeRunner, Script
 from service.trial import TrialSpec
@@ -57,8 +58,7 @@ class PretendedCluster(FakeRunner):
         self.placement = Placement(nodes)
         self._teardown_s = teardown_s
         self._labels = dict(labels or {})
-        self._policy = policy or Policy()
-        self._failures: dict[str, list[float]] = {}
+        self._quarantine = Quarantine(policy or Policy(), self.now)
         self._down_until: dict[str, float] = {}
         self._since: dict[int, float] = {}
         self._freeing: list[tuple[float, int]] = []
@@ -98,14 +98,16 @@ class PretendedCluster(FakeRunner):
         if update.state not in (RunState.STARTING, RunState.RUNNING):
             node = self.seat_of(number)
             if update.state is RunState.FAILED:
-                self._failures.setdefault(node, []).append(self.now())
+                self._quarantine.failed(node)
             else:
-                self._failures.pop(node, None)
+                self._quarantine.ended_well(node)
             self._leave(trial.spec, trial.run)
         return update
 
-    def cancel(self, number: int) -> None:
+    def cancel(self, number: int, hung: bool = False) -> None:
         trial = self._submitted[number]
+        if hung:
+            self._quarantine.failed(self.seat_of(number))
         super().cancel(number)
         self._leave(trial.spec, trial.run)
 
@@ -152,10 +154,8 @@ class PretendedCluster(FakeRunner):
     def _closed_until(self) -> dict[str, float]:
         """Nodes that are down or quarantined -> when they return."""
         closed = dict(self._down_until)
-        for name, times in self._failures.items():
-            if is_quarantined(times, self.now(), self._policy):
-                until = times[-1] + self._policy.quarantine_s
-                closed[name] = max(until, closed.get(name, 0.0))
+        for name, until in self._quarantine.closed_until().items():
+            closed[name] = max(until, closed.get(name, 0.0))
         return closed
 
     def _closed(self) -> frozenset[str]:

@@ -12,6 +12,9 @@ from contextlib import suppress
 
 import psutil
 
+TRIAL = "CADDIE_TRIAL"
+"""Environment variable that a trial's workers give to every process they start: the attempt."""
+
 
 def marked(variable: str) -> Iterator[tuple[psutil.Process, dict[str, str]]]:
     """Other living processes of this user that have the environment variable, with their
@@ -48,3 +51,25 @@ def kill(processes: list[psutil.Process], timeout_s: float = 5.0) -> None:
         with suppress(psutil.NoSuchProcess):
             process.kill()
     psutil.wait_procs(processes, timeout=timeout_s)
+
+
+def end_attempt(key: str, names: list[str], by_force: bool) -> list[str]:
+    """Runs on the node: which processes of the attempt still live, after killing them where asked.
+
+    Args:
+        key: The attempt.
+        names: Of its workers.
+        by_force: Kill what lives.
+    """
+    workers = [psutil.Process(pid_of(name)) for name in names if is_alive(name)]
+    children = [process for process, environment in marked(TRIAL) if environment[TRIAL] == key]
+    if by_force:
+        kill(workers + children)
+    return [str(process.pid) for process in workers + children if _lives(process)]
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

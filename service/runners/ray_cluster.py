@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private import ray_constants
 from ray._private.authentication.authentication_token_setup import (
     maybe_enable_token_auth_if_token_available,
 )
@@ -109,6 +110,7 @@ def connect(
 def _start(num_cpus: int | None, num_gpus: int | None, environment: dict[str, str]) -> None:
     end_leftovers()
     _provide_token()
+    _stay_on_loopback()
     os.environ[DRIVER] = str(name_of(os.getpid()))
     try:
         ray.init(
@@ -117,6 +119,7 @@ def _start(num_cpus: int | None, num_gpus: int | None, environment: dict[str, st
             num_gpus=num_gpus,
             object_store_memory=OBJECT_STORE_BYTES,
             include_dashboard=False,
+            _node_ip_address="127.0.0.1",
             runtime_env={"env_vars": environment},
             **_QUIET,
         )
@@ -204,6 +207,14 @@ def _provide_token() -> None:
         return
     if "RAY_AUTH_TOKEN_PATH" not in os.environ:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+
+
+def _stay_on_loopback() -> None:
+    """Ray takes 127.0.0.1 for "find this machine's address" and then listens on every interface,
+    unless it is told that clusters are not wanted: by this variable, which its processes read at
+    their start, and by the constant that this process made of it when it imported Ray."""
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    ray_constants.ENABLE_RAY_CLUSTER = False
 
 
 @contextmanager

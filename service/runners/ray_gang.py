@@ -10,7 +10,7 @@ from __future__ import annotations
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -58,11 +58,18 @@ class Gang:
         demand: Its workers.
         job: For `run_trial`, or {"key", "mailbox"} for `serve_trials`.
         storage: Folder that Ray Train writes to.
+        avoid: Nodes that it must not be on (Ray's ids).
         stays: It serves trials until it is told that one is its last.
     """
 
     def __init__(
-        self, key: str, demand: Demand, job: dict[str, Any], storage: Path, stays: bool = False
+        self,
+        key: str,
+        demand: Demand,
+        job: dict[str, Any],
+        storage: Path,
+        avoid: Iterable[str] = (),
+        stays: bool = False,
     ) -> None:
         self.key = key
         self.demand = demand
@@ -84,6 +91,7 @@ class Gang:
         self.job_in_hand: dict[str, Any] | None = None
         self._mailbox = job["mailbox"]
         self._storage = storage
+        self._avoid = sorted(avoid)
         self._ready: dict[int, int] = {}
         self._is_killed = False
         self._processes_here: list[str | None] = []
@@ -112,8 +120,12 @@ class Gang:
     @property
     def node(self) -> str | None:
         """Ray's id of its node, once it is there."""
-        known = [worker.node for rank, worker in self.workers.items() if rank != CONTROLLER]
-        return known[0] if known else None
+        return next((worker.node for worker in list(self.workers.values())), None)
+
+    @property
+    def process_names(self) -> list[str]:
+        """Its workers, as service.runners.processes names them."""
+        return [worker.process for worker in self.workers.values() if worker.process]
 
     def _fit(self, loop: Callable[[dict[str, Any]], dict[str, Any]], job: dict[str, Any]) -> None:
         introduce: Any = IntroduceController(self.key, self._mailbox)
@@ -126,6 +138,7 @@ class Gang:
                     use_gpu=self.demand.gpus_per_worker > 0,
                     resources_per_worker=gang_resources(self.demand),
                     placement_strategy="STRICT_PACK",
+                    label_selector=_all_but(self._avoid),
                 ),
                 run_config=RunConfig(
                     name="train",
@@ -215,3 +228,8 @@ class Gang:
         """Remove what Ray Train wrote, unless another attempt could use it."""
         if not self.keeps_storage:
             shutil.rmtree(self._storage, ignore_errors=True)
+
+
+def _all_but(nodes: list[str]) -> dict[str, str] | None:
+    """Ray's selector of all other nodes."""
+    return {"ray.io/node-id": f"!in({','.join(nodes)})"} if nodes else None

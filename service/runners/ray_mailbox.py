@@ -15,7 +15,7 @@ import time
 from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import ray
 import ray.exceptions
@@ -49,6 +49,8 @@ class WorkerInfo:
     """File on `host` with the worker's standard error."""
     log_from: int = 0
     """Bytes of it that earlier trials wrote."""
+    process: str = ""
+    """Its name as service.runners.processes has it."""
 
 
 @dataclass(frozen=True)
@@ -194,7 +196,7 @@ class MailboxReporter:
         self._thread = threading.Thread(target=self._talk, name="mailbox", daemon=True)
         self._thread.start()
 
-    def emit(self, kind: EventKind, **fields: Any) -> None:
+    def emit(self, kind: EventKind | Literal["system"], **fields: Any) -> None:
         self._records.append({"kind": kind, "time": time.time(), **fields})
 
     def stop_requested(self) -> str | None:

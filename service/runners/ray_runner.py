@@ -18,9 +18,13 @@ import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from service.errors import RunnerError
-from service.runners.base import Demand, Update
+from service.policies import Policy
+from service.quarantine import Quarantine
+from service.runners.base import Demand, RunState, Update
 from service.runners.gang_pool import GangPool, Isolation, num_gangs
+from service.runners.ray_cleaning import Cleaning
 from service.runners.ray_cluster import connect, gang_resources, nodes_total
+from service.runners.ray_gang import Gang
 from service.runners.ray_mailbox import Mailbox, News
 from service.runners.ray_trial import RayTrial
 from service.trial import TrialSpec
@@ -44,17 +48,21 @@ class RayRunner:
         train: str = "trainer.loop:train",
         isolation: Isolation = "trial",
         trials_per_gang: int = 50,
+        policy: Policy | None = None,
     ) -> None:
         """Join the cluster at `address` or RAY_ADDRESS, else start one limited to num_cpus and
         num_gpus in this process. `train` is the import path of the train function. Gangs of
-        isolation "resident" stay for `trials_per_gang` trials. Raises RunnerError."""
+        isolation "resident" stay for `trials_per_gang` trials. `policy` says when a node is
+        quarantined. Raises RunnerError."""
         self._cluster = connect(address, num_cpus, num_gpus)
         self._train = train
         self._mailbox = _start_mailbox()
         self._mailbox_born: str | None = None
-        self._pool = GangPool(self._mailbox, isolation, trials_per_gang)
         self._trials: dict[int, RayTrial] = {}
         self._draining: list[RayTrial] = []
+        self._quarantine = Quarantine(policy or Policy(), time.monotonic)
+        self._cleaning = Cleaning(self._quarantine, ray.get_runtime_context().get_node_id())
+        self._pool = GangPool(self._mailbox, self._quarantine, isolation, trials_per_gang)
         self._stops: dict[str, str] = {}
         self._lock = threading.Lock()
         self._closing = threading.Event()
@@ -62,7 +70,7 @@ class RayRunner:
         self._pump_thread.start()
 
     def free_slots(self, demand: Demand) -> int:
-        """How many gangs fit now, those included that stay and are idle."""
+        """How many gangs fit now on nodes that are open, those included that stay and are idle."""
         return self._pool.free_slots(demand)
 
     def total_slots(self, demand: Demand) -> int:
@@ -96,13 +104,15 @@ class RayRunner:
         self._stops[trial.key] = reason
         self._mailbox.stop.remote(trial.key, reason)
 
-    def cancel(self, number: int) -> None:
+    def cancel(self, number: int, hung: bool = False) -> None:
         trial = self._trial(number)
+        if hung and trial.node is not None:
+            self._quarantine.failed(trial.node)
         with self._lock:
             del self._trials[number]
             self._draining.append(trial)
         self._mailbox.cancel.remote(trial.key)
-        trial.kill_workers()
+        self._pool.cancel(trial)
 
     def close(self) -> None:
         """Cancel everything, wait until Ray Train has freed it and the processes are gone, and
@@ -113,12 +123,16 @@ class RayRunner:
             self.cancel(number)
         self._pool.end_all()
         deadline = time.monotonic() + CLOSE_TIMEOUT_S
-        while (self._draining or not self._pool.is_empty) and time.monotonic() < deadline:
+        while self._is_ending() and time.monotonic() < deadline:
             time.sleep(0.05)
         self._closing.set()
         self._pump_thread.join(MAILBOX_TIMEOUT_S)
         ray.kill(self._mailbox)
         self._cluster.disconnect()
+
+    def _is_ending(self) -> bool:
+        """Whether something of a trial is still there."""
+        return bool(self._draining or not self._pool.is_empty or self._cleaning.is_busy)
 
     def _trial(self, number: int) -> RayTrial:
         if number not in self._trials:
@@ -138,8 +152,12 @@ class RayRunner:
                 if key in trials:
                     trials[key].absorb(news)
             self._pool.free(gangs)
+            for gang in gangs:
+                if gang.is_idle:  # lost between two trials
+                    self._blame(gang)
             for trial in ended:
                 self._settle(trial)
+            self._cleaning.look()
             self._pool.attend()
             with self._lock:
                 self._draining = [trial for trial in self._draining if not trial.settled]
@@ -149,13 +167,34 @@ class RayRunner:
             return {trial.key: trial for trial in [*self._draining, *self._trials.values()]}
 
     def _settle(self, trial: RayTrial) -> None:
-        with self._lock:
-            if trial.was_never_taken:  # its gang was lost between two trials: it starts elsewhere
+        if trial.gang is not None and trial.was_never_taken:
+            self._blame(trial.gang)
+            with self._lock:  # it starts elsewhere
                 trial.start_over()
                 self._pool.place(trial)
-                return
+            return
         trial.settle()
+        self._judge_node(trial)
         self._stops.pop(trial.key, None)
+
+    def _judge_node(self, trial: RayTrial) -> None:
+        """What the end of an attempt says of its node."""
+        gang = trial.gang
+        if gang is None or gang.node is None or trial.is_drivers_fault:
+            return
+        if trial.state is RunState.FINISHED:
+            self._quarantine.ended_well(gang.node)
+            return
+        if trial.state is RunState.FAILED:
+            self._quarantine.failed(gang.node)
+        if gang.ended:  # the processes of one that stays and lives are not left over
+            self._cleaning.begin(trial.key, gang.node, gang.process_names)
+
+    def _blame(self, gang: Gang) -> None:
+        """A gang that stays was lost while no trial ran on it: its node answers for that."""
+        if gang.node is not None:
+            self._quarantine.failed(gang.node)
+            self._cleaning.begin(gang.key, gang.node, gang.process_names)
 
     def _collect(self, trials: dict[str, RayTrial], wait_s: float) -> dict[str, News]:
         stops = {key: reason for key, reason in list(self._stops.items()) if key in trials}

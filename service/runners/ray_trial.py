@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections import deque
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,8 @@ class RayTrial:
         """Whether a gang that had served others lost a rank before all had taken this trial up."""
         gang = self.gang
         lost = gang is not None and gang.ended and gang.has_served
-        return lost and len(self.workers) < self.demand.workers and not self.cancelled
+        taken = self._outcome is not None or len(self.workers) == self.demand.workers
+        return lost and not taken and not self.cancelled
 
     def start_over(self) -> None:
         """Forget a gang that was lost before the trial began, and what survivors said of that."""
@@ -82,10 +84,25 @@ class RayTrial:
         """Whether it can run on a gang that stays: Ray Train keeps saved states by gang."""
         return self.spec.config.runtime.checkpoint_seconds == 0
 
-    def start(self) -> Gang:
-        """Get a gang of its own."""
+    @property
+    def node(self) -> str | None:
+        """Ray's id of the node of its gang; None = it has none, or no worker was heard of."""
+        return self.gang.node if self.gang is not None else None
+
+    @property
+    def state(self) -> RunState:
+        """Where it stands; the final state once it is settled."""
+        return self._final.state if self._final is not None else self._state
+
+    @property
+    def is_drivers_fault(self) -> bool:
+        """Whether it failed because the driver could not write down what it said."""
+        return self._write_error is not None
+
+    def start(self, avoid: Iterable[str]) -> Gang:
+        """Get a gang of its own, on any node but those to avoid (Ray's ids)."""
         job = {**self._job, "mailbox": self._mailbox}
-        self.gang = Gang(self.key, self.demand, job, self.spec.folder / "ray")
+        self.gang = Gang(self.key, self.demand, job, self.spec.folder / "ray", avoid)
         return self.gang
 
     def start_on(self, gang: Gang, is_last: bool) -> None:
@@ -128,6 +145,9 @@ class RayTrial:
             try:
                 self._final = self._finish()
             except Exception as error:
+                self._write_error = self._write_error or (
+                    error if isinstance(error, OSError) else None
+                )
                 self._final = self._fail(f"{type(error).__name__}: {error}", RunState.FAILED, [])
         if self.gang is not None and not self.gang.stays:
             self.gang.keeps_storage = self._may_go_on()
@@ -196,7 +216,7 @@ class RayTrial:
         error = (
             f"{head.rstrip()}\n\n"
             f"trial {self.spec.key}, attempt {self.spec.attempt}, "
-            f"config {self.spec.config.digest()}\n"
+            f"config {self.spec.digest}\n"
             f"logs: {', '.join([str(self.folder.log), *files])}\n"
             f"alone: caddie trial rerun {self.spec.study} {self.spec.number}"
         )

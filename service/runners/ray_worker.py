@@ -23,10 +23,16 @@ from ray.train import Checkpoint
 from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.util.placement_group import get_current_placement_group
 
+from service.runners.gpu_watch import own_gpus, watch_gpus
+from service.runners.processes import TRIAL, name_of
 from service.runners.ray_mailbox import CONTROLLER, MailboxReporter, WorkerFailure, WorkerInfo
+from trainer.compile_cache import use_compile_cache
 from trainer.config import TrainConfig
 from trainer.errors import DataError
 from trainer.report import NullReporter, TrainResult
+
+NO_HOST_MEMORY = "can't allocate memory"
+"""How torch words, in a plain RuntimeError, that the host refuses memory to a tensor."""
 
 
 class IntroduceController(ControllerCallback):
@@ -49,6 +55,7 @@ def run_trial(job: dict[str, Any]) -> dict[str, Any]:
     """
     rank = ray.train.get_context().get_world_rank()
     key, mailbox = job["key"], job["mailbox"]
+    os.environ[TRIAL] = key  # what this worker starts is found by it
     if not ray.get(mailbox.register.remote(key, introduce(rank, "number" in job))):
         raise RuntimeError("the trial was cancelled before it started")
     try:
@@ -66,6 +73,7 @@ def _train(job: dict[str, Any], rank: int) -> dict[str, Any]:
             f"data.dir = {data_dir!r} is not a folder on node {socket.gethostname()}; copy the "
             "data set to the same path on every node, or put it on a file system they share"
         )
+    use_compile_cache(config.runtime.compile_cache)
     train = _load(job["train"])
     if config.runtime.checkpoint_seconds:
         train = partial(train, saved=partial(_hand_over, rank))
@@ -77,7 +85,8 @@ def _train(job: dict[str, Any], rank: int) -> dict[str, Any]:
         # Train workers start in a folder of their own inside the session's.
         with tempfile.TemporaryDirectory(prefix="artifact-", dir=".") as out:
             _fetch_state(Path(out))
-            result = train(config, reporter, Path(out))
+            with watch_gpus(own_gpus(), lambda numbers: reporter.emit("system", **numbers)):
+                result = train(config, reporter, Path(out))
             artifact = Path(out, "artifact.bin")
             packed = artifact.read_bytes() if artifact.exists() else None
         return {"result": result.model_dump(mode="json"), "artifact": packed}
@@ -117,6 +126,7 @@ def introduce(rank: int, stays: bool = False) -> WorkerInfo:
         placement_group=get_current_placement_group(),
         log=log,
         log_from=os.path.getsize(log) if stays and os.path.isfile(log) else 0,
+        process=name_of(os.getpid()) or "",
     )
 
 
@@ -135,4 +145,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether the device or the host had no memory left for what was asked."""
     import torch  # here: the driver imports this module too, and starts faster without torch
 
-    return isinstance(error, torch.OutOfMemoryError | MemoryError)
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and NO_HOST_MEMORY in str(error)

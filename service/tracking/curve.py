@@ -18,13 +18,21 @@ MAX_RECORDS = 100_000
 
 def write_curve(folder: Path, title: str) -> Path | None:
     """Draw metrics.jsonl of a trial folder into curve.svg; None when there is nothing to draw."""
+    text = curve_of(folder, title)
+    if text is None:
+        return None
+    path = folder / "curve.svg"
+    path.write_text(text)
+    return path
+
+
+def curve_of(folder: Path, title: str) -> str | None:
+    """The picture of a trial folder's metrics.jsonl."""
     records, _ = new_records(folder, 0, MAX_RECORDS)
     train = _points(records, "step", "train_loss")
     if len(train) < 2:
         return None
-    path = folder / "curve.svg"
-    path.write_text(draw_curve(train, _points(records, "val", "val_loss"), title))
-    return path
+    return draw_curve(train, _points(records, "val", "val_loss"), title)
 
 
 def draw_curve(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,11 @@ class JsonlTracker:
 
     Args:
         path: The file; its folder is made when missing.
+        clock: Wall-clock seconds, for the lines.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
+        self._clock = clock
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path
         self._recorded = self._mend_and_read()
@@ -45,14 +48,14 @@ class JsonlTracker:
         row = {
             "study": spec.study,
             "number": spec.number,
-            "time": time.time(),
+            "time": self._clock(),
             "state": state,
             "verdict": outcome.verdict,
             "reason": outcome.reason,
             "recipe": spec.recipe,
             "overrides": spec.overrides,
             "seed": spec.config.runtime.seed,
-            "digest": spec.config.digest(),
+            "digest": spec.digest,
             "constraints": {
                 verdict.name: {"value": verdict.value, "bound": verdict.bound, "ok": verdict.ok}
                 for verdict in verdicts
@@ -82,4 +85,19 @@ class JsonlTracker:
         if len(whole) < len(data):
             with self._path.open("r+b") as file:
                 file.truncate(len(whole))
-        return {json.loads(line)["number"] for line in whole.splitlines()}
+        return {row["number"] for _, row in read_lines(self._path) if row is not None}
+
+
+def read_lines(path: Path) -> list[tuple[str, dict[str, Any] | None]]:
+    """Every whole line and what it says; None for one that cannot be read, which is left alone
+    here: `caddie sweep repair` writes it again."""
+    lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
+    return [(line, _row(line)) for line in lines if line.endswith("\n")]
+
+
+def _row(line: str) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and {"number", "time", "state"} <= row.keys() else None

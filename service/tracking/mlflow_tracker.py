@@ -20,9 +20,11 @@ from typing import Any
 from service.config import mask_passwords
 from service.tracking.mlflow_mirror import MlflowMirror
 from service.tracking.outbox import (
+    STUDY_ID_FILE,
     close_entry,
     open_entry,
     read_entry,
+    read_progress,
     unsent_folders,
 )
 from service.trial import TrialSpec, Verdict
@@ -47,6 +49,7 @@ class MlflowTracker:
         warn: Takes one line for a person, from the mirror's thread.
         interval_s: Seconds between two looks at the folders of running trials.
         max_backoff_s: Longest pause between attempts while the server is away.
+        dashboard: Address of the study's page in optuna-dashboard, for links; None = no links.
     """
 
     def __init__(
@@ -58,14 +61,16 @@ class MlflowTracker:
         warn: Warn = _warn_on_stderr,
         interval_s: float = 2.0,
         max_backoff_s: float = 30.0,
+        dashboard: str | None = None,
     ) -> None:
         study_dir.mkdir(parents=True, exist_ok=True)
         self._study = study
         self._study_dir = study_dir
-        self._study_id = _study_id(study_dir)
+        self._study_id = study_id(study_dir)
         self._uri = tracking_uri
         self._shown_uri = mask_passwords(tracking_uri)
         self._artifact_root = artifact_root
+        self._dashboard = dashboard
         self._warn = warn
         self._interval_s = interval_s
         self._max_backoff_s = max_backoff_s
@@ -111,6 +116,20 @@ class MlflowTracker:
         """Trials that the server does not have completely."""
         with self._lock:
             return len(self._pending)
+
+    def page_of(self, base: str) -> Callable[[TrialSpec], str | None]:
+        """Where a trial's run is shown, as far as the mirror has come.
+
+        Args:
+            base: Address of MLflow for people.
+        """
+
+        def page(spec: TrialSpec) -> str | None:
+            run_id = read_progress(spec.folder, self._shown_uri).run_id
+            experiment = self._mirror.experiment_id() if run_id and self._mirror else None
+            return f"{base}/#/experiments/{experiment}/runs/{run_id}" if experiment else None
+
+        return page
 
     def _enqueue(self, folder: Path) -> None:
         with self._lock:
@@ -170,7 +189,9 @@ class MlflowTracker:
         """Importing MLflow and opening its store takes seconds; both happen on this thread."""
         if self._mirror is None:
             quiet_mlflow()
-            mirror = MlflowMirror(self._uri, self._study, self._study_id, self._artifact_root)
+            mirror = MlflowMirror(
+                self._uri, self._study, self._study_id, self._artifact_root, self._dashboard
+            )
             mirror.open_study()
             self._mirror = mirror
         return self._mirror
@@ -200,11 +221,15 @@ def quiet_mlflow() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def _study_id(study_dir: Path) -> str:
-    """Unique name of this study wherever it is mirrored; made once, kept in its folder."""
-    path = study_dir / "study_id"
+def study_id(study_dir: Path, lost: str | None = None) -> str:
+    """Unique name of this study wherever it is mirrored; made once, kept in its folder.
+
+    Args:
+        lost: What it was, when that is known and the file is gone.
+    """
+    path = study_dir / STUDY_ID_FILE
     if not path.exists():
         partial = path.with_suffix(".partial")
-        partial.write_text(uuid.uuid4().hex)
+        partial.write_text(lost or uuid.uuid4().hex)
         os.replace(partial, path)
     return path.read_text().strip()

@@ -22,6 +22,9 @@ from typing import Any
 from service.trial import TrialFolder, TrialSpec, Verdict, write_json
 from trainer.report import TrainResult
 
+STUDY_ID_FILE = "study_id"
+"""In the study's folder: its unique name wherever it is mirrored."""
+
 
 @dataclass(frozen=True)
 class Entry:

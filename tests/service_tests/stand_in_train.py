@@ -86,6 +86,33 @@ def killed(config: TrainConfig, reporter: Reporter, out: Path | None = None) -> 
     raise AssertionError("unreachable")
 
 
+def hangs_once(config: TrainConfig, reporter: Reporter, out: Path | None = None) -> TrainResult:
+    """The last rank hangs in its third step, the others in their next collective; an attempt that
+    finds the file of an earlier one goes through. The file is $HUNG_ONCE."""
+    marker = Path(os.environ["HUNG_ONCE"])
+    if marker.exists():
+        return steps(config, reporter, out)
+    if _world() > 1:
+        dist.barrier()
+    marker.touch()
+    for done in range(1, 100):
+        if done == 3 and _rank() == _world() - 1:
+            time.sleep(600.0)
+        if _world() > 1:
+            dist.barrier()
+        reporter.emit(
+            "step",
+            step=done,
+            elapsed_s=0.05 * done,
+            progress=0.0,
+            train_loss=1.0,
+            step_ms=50.0,
+            lr_mult=1.0,
+            tokens_per_s=20.0,
+        )
+    raise AssertionError("unreachable")
+
+
 def crowded_host(config: TrainConfig, reporter: Reporter, out: Path | None = None) -> TrainResult:
     """Takes 2 GiB of memory and waits for Ray's memory monitor."""
     reporter.emit("log", line="taking memory")

@@ -18,7 +18,7 @@ from trainer.config import TrainConfig
 from trainer.errors import TrainerError
 from trainer.report import FileReporter, NullReporter
 
-FUNCTIONS = {1: "steps", 2: "bad_setting", 3: "no_device_memory", 4: "killed"}
+FUNCTIONS = {1: "steps", 2: "bad_setting", 3: "no_device_memory", 4: "killed", 5: "hangs_once"}
 """runtime.seed -> function."""
 
 

@@ -47,6 +47,20 @@ def test_faults_of_the_file_are_listed_together_with_file_key_and_remedy(toml: P
     )
 
 
+def test_folders_may_stand_in_the_file(toml: Path) -> None:
+    toml.write_text('out = "my-runs"\ndata = "data/mine"\n')
+    settings = load_settings()
+    assert (settings.out, settings.data) == (Path("my-runs"), Path("data/mine"))
+
+
+def test_links_point_to_where_people_look(toml: Path) -> None:
+    assert load_settings().mlflow_page == "http://127.0.0.1:5000"
+    toml.write_text('tracking_uri = "http://me:secret@mlflow:5000/"\n')
+    assert load_settings().mlflow_page == "http://me:***@mlflow:5000"
+    toml.write_text('tracking_uri = "http://mlflow:5000"\nmlflow_url = "https://m.example/"\n')
+    assert load_settings().mlflow_page == "https://m.example"
+
+
 def test_broken_toml_and_missing_file(toml: Path) -> None:
     toml.write_text("trials = = 5\n")
     with pytest.raises(UsageError, match=r"caddie\.toml: not valid TOML.*line 1"):

@@ -30,8 +30,8 @@ from service.trial import TrialSpec
 from service.trial_book import TrialBook
 from tests.service_tests.sweeps import SMOKE, TRACK, Sweep, plain_space
 
-SHALLOW, DEEP = 2, 3
-"""Depths of the trials 0 and 1."""
+SHALLOW, DEEP, DEEPER = 2, 3, 4
+"""Depths of the trials 0, 1 and, where there is one, 2."""
 Score = Callable[[int, int], float]
 """(depth, seed) -> bits per byte; the fake runner's nats are the same number."""
 
@@ -42,25 +42,29 @@ def better_by(margin: float) -> Score:
 
 
 @cache
-def scored() -> Path:
-    """A folder with the study "s" of two scored trials, to be copied."""
+def scored(*depths: int) -> Path:
+    """A folder with the study "s" of scored trials of these depths, to be copied."""
     folder = Path(tempfile.mkdtemp(prefix="caddie-scored-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    runs = [FakeRun(val_bpb=2.0, bytes_model=100_000) for _ in range(2)]
-    sweep = Sweep(folder, runs, num_trials=2, space=plain_space(SHALLOW, DEEP))
+    runs = [FakeRun(val_bpb=2.0, bytes_model=100_000) for _ in depths]
+    sweep = Sweep(folder, runs, num_trials=len(depths), space=plain_space(*depths))
     sweep.run()
-    assert sweep.states() == ["COMPLETE", "COMPLETE"]
+    assert set(sweep.states()) == {"COMPLETE"}
     return folder
 
 
 class Bench:
-    """A study with two scored trials, and confirmations of the second against the first."""
+    """A study with scored trials, and confirmations of the others against the first."""
 
-    def __init__(self, folder: Path, score: Score, slots: int = 1) -> None:
+    def __init__(
+        self, folder: Path, score: Score, slots: int = 1, depths: tuple[int, ...] = (SHALLOW, DEEP)
+    ) -> None:
+        self.numbers = range(1, len(depths))
+        self.candidates: list[Side] = []
         self.folder, self.score, self.slots = folder, score, slots
         self.over_cap_seed: int | None = None
         self.fails: set[int] = set()
-        shutil.copytree(scored(), folder, dirs_exist_ok=True)
+        shutil.copytree(scored(*depths), folder, dirs_exist_ok=True)
         self.url = f"sqlite:///{folder / 'caddie.db'}"
         self.now = 1_000_100.0
         self.runner = FakeRunner(self.script)
@@ -77,6 +81,11 @@ class Bench:
         )
 
     @property
+    def candidate(self) -> Side:
+        """Of the confirmation that began last."""
+        return self.candidates[0]
+
+    @property
     def study(self) -> optuna.Study:
         return load_study("s", self.url)
 
@@ -85,7 +94,8 @@ class Bench:
         self.runner.advance(self.now - 1_000_000.0 + 1.0)
         study = self.study
         sides = []
-        for name, number in ((CANDIDATE, 1), (INCUMBENT, 0)):
+        names = [(CANDIDATE if n == 1 else f"{CANDIDATE} {n}", n) for n in self.numbers]
+        for name, number in (*names, (INCUMBENT, 0)):
             book = TrialBook(
                 study=study,
                 base=SMOKE.base(),
@@ -99,9 +109,11 @@ class Bench:
             )
             judge = Judge(default_filters(track=TRACK.name))
             sides.append(Side(name, study, frozen_trials(study)[number], book, judge))
+        self.candidates = sides[:-1]
         return Confirmation(
             Plan("s:1 against s:0", num_pairs, **plan),  # type: ignore[arg-type]
-            *sides,
+            sides[:-1],
+            sides[-1],
             self.runner,
             Demand(workers=2),
             at_once,
@@ -136,7 +148,7 @@ def test_pairs_take_turns_on_one_gang_with_seeds_nobody_has_used(tmp_path: Path)
     used = [spec.config.runtime.seed for spec in bench.runner.submissions]
     default = SMOKE.base().runtime.seed
     assert len(set(used)) == 6 and default not in used
-    assert run.stopped_by is Stop.ENOUGH
+    assert run.stopped_by(bench.candidate) is Stop.ENOUGH
     # One difference with the sweep's own trial: the seed.
     first = bench.runner.submissions[0].config
     assert (
@@ -145,11 +157,62 @@ def test_pairs_take_turns_on_one_gang_with_seeds_nobody_has_used(tmp_path: Path)
     )
 
 
+def three(margins: dict[int, float]) -> Score:
+    return lambda depth, seed: 2.0 - margins.get(depth, 0.0) + 0.001 * (seed % 3)
+
+
+def test_candidates_share_the_incumbent_and_each_ends_by_itself(tmp_path: Path) -> None:
+    score = three({DEEP: -0.01, DEEPER: 0.5})
+    bench = Bench(tmp_path, score, depths=(SHALLOW, DEEP, DEEPER))
+    run = bench.finish(bench.begin(num_pairs=10))
+    order = depths(bench)
+    assert order[:6] == [DEEP, DEEPER, SHALLOW, SHALLOW, DEEPER, DEEP]
+    worse, better = bench.candidates
+    assert run.stopped_by(worse) is Stop.FUTILE and run.stopped_by(better) is Stop.RECORD
+    assert order.count(DEEP) == 2, "seeds of a candidate that was given up"
+    assert order.count(DEEPER) == order.count(SHALLOW)
+    gain = run.standing(better).test
+    assert gain is not None and gain.margin == pytest.approx(0.5, abs=0.01)
+
+
+def test_candidates_share_the_p_of_the_rule(tmp_path: Path) -> None:
+    """Three chances of a false record must not be three times as likely as one."""
+    levels = []
+    for name, all_depths in (("one", (SHALLOW, DEEP)), ("two", (SHALLOW, DEEP, DEEPER))):
+        (tmp_path / name).mkdir()
+        bench = Bench(tmp_path / name, three({}), depths=all_depths)
+        run = bench.finish(bench.begin(num_pairs=3, fixed=True))
+        strict = run.standing(bench.candidate).strict
+        assert strict is not None
+        levels.append(strict.level)
+    assert levels == [pytest.approx(0.01), pytest.approx(0.005)]
+
+
+def test_several_killed_go_on_as_one_would(tmp_path: Path) -> None:
+    score = three({DEEP: -0.01, DEEPER: 0.02})
+    (tmp_path / "whole").mkdir()
+    whole = Bench(tmp_path / "whole", score, depths=(SHALLOW, DEEP, DEEPER))
+    whole.finish(whole.begin(num_pairs=4))
+    (tmp_path / "cut").mkdir()
+    bench = Bench(tmp_path / "cut", score, depths=(SHALLOW, DEEP, DEEPER))
+    run = bench.begin(num_pairs=4)
+    for _ in range(100):
+        run.step()
+        bench.runner.advance(0.5)
+    bench.now = bench.runner.now()
+    bench.study.set_user_attr("driver", None)  # as a lease whose process is gone
+    bench.finish(bench.begin(num_pairs=4))
+    told = [
+        sorted((t.params["runtime.seed"], t.value) for t in each.seeds()) for each in (whole, bench)
+    ]
+    assert told[0] == told[1]
+
+
 def test_a_clear_record_ends_early_and_stands_on_the_leaderboard(tmp_path: Path) -> None:
     bench = Bench(tmp_path, better_by(0.5))
     run = bench.finish(bench.begin(num_pairs=5))
-    standing = run.standing()
-    assert run.stopped_by is Stop.RECORD
+    standing = run.standing(bench.candidate)
+    assert run.stopped_by(bench.candidate) is Stop.RECORD
     assert standing.meets(standing.strict) and standing.meets(standing.loose)
     assert standing.test is not None and standing.test.margin == pytest.approx(0.5, abs=0.01)
     assert len(standing.candidate) < 5
@@ -161,24 +224,24 @@ def test_a_clear_record_ends_early_and_stands_on_the_leaderboard(tmp_path: Path)
 def test_a_gain_below_the_margin_is_loose_at_most(tmp_path: Path) -> None:
     bench = Bench(tmp_path, better_by(0.004))
     run = bench.finish(bench.begin(num_pairs=6, fixed=True))
-    standing = run.standing()
+    standing = run.standing(bench.candidate)
     assert not standing.meets(standing.strict) and standing.meets(standing.loose)
 
 
 def test_no_gain_is_given_up_early(tmp_path: Path) -> None:
     bench = Bench(tmp_path, better_by(-0.01))
     run = bench.finish(bench.begin(num_pairs=10))
-    assert run.stopped_by is Stop.FUTILE
+    assert run.stopped_by(bench.candidate) is Stop.FUTILE
     assert len(bench.seeds()) == 4
-    standing = run.standing()
+    standing = run.standing(bench.candidate)
     assert not standing.meets(standing.strict) and not standing.meets(standing.loose)
 
 
 def test_the_loose_rule_may_end_it(tmp_path: Path) -> None:
     bench = Bench(tmp_path, better_by(0.004))
     run = bench.finish(bench.begin(num_pairs=6, rule=LOOSE))
-    assert run.stopped_by is Stop.RECORD
-    standing = run.standing()
+    assert run.stopped_by(bench.candidate) is Stop.RECORD
+    standing = run.standing(bench.candidate)
     assert standing.meets(standing.loose) and not standing.meets(standing.strict)
     assert STRICT.margin_nats > 0.004
 
@@ -187,8 +250,8 @@ def test_a_seed_over_the_cap_is_no_record_however_good_its_loss(tmp_path: Path) 
     bench = Bench(tmp_path, better_by(0.5))
     bench.over_cap_seed = SMOKE.base().runtime.seed + 1  # the candidate's first
     run = bench.finish(bench.begin())
-    standing = run.standing()
-    assert run.stopped_by is Stop.BROKEN
+    standing = run.standing(bench.candidate)
+    assert run.stopped_by(bench.candidate) is Stop.BROKEN
     assert standing.broken is not None and "bytes" in standing.broken
     assert not standing.meets(standing.strict) and not standing.meets(standing.loose)
 
@@ -210,7 +273,10 @@ def test_killed_anywhere_it_goes_on_with_the_same_seeds(tmp_path: Path, turns: i
     bench.study.set_user_attr("driver", None)  # as a lease whose process is gone
     again = bench.finish(bench.begin(num_pairs=3, fixed=True))
     assert sorted((t.params["runtime.seed"], t.value) for t in bench.seeds()) == expected
-    assert again.standing().test is not None and len(again.standing().candidate) == 3
+    assert (
+        again.standing(bench.candidate).test is not None
+        and len(again.standing(bench.candidate).candidate) == 3
+    )
 
 
 def test_asked_to_stop_it_puts_its_seed_back_and_a_sweep_may_run_it(tmp_path: Path) -> None:
@@ -222,7 +288,7 @@ def test_asked_to_stop_it_puts_its_seed_back_and_a_sweep_may_run_it(tmp_path: Pa
     ask_to_stop(bench.study, 0.0)
     bench.runner.advance(2.0)
     bench.finish(run)
-    assert run.stopped_by is Stop.REQUESTED
+    assert run.stopped_by(bench.candidate) is Stop.REQUESTED
     assert [t.state for t in bench.seeds()] == [TrialState.WAITING]
 
     sweep = Sweep(
@@ -238,7 +304,7 @@ def test_asked_to_stop_it_puts_its_seed_back_and_a_sweep_may_run_it(tmp_path: Pa
     assert status_of(bench.study).told == 3  # the seed is a fourth, and counts towards no sweep
     bench.now = sweep.runner.now()
     again = bench.finish(bench.begin(num_pairs=3, fixed=True))
-    assert again.standing().candidate[0].number == seed.number
+    assert again.standing(bench.candidate).candidate[0].number == seed.number
 
 
 def test_failures_are_tried_again_with_another_seed_then_given_up(tmp_path: Path) -> None:
@@ -246,7 +312,10 @@ def test_failures_are_tried_again_with_another_seed_then_given_up(tmp_path: Path
     default = SMOKE.base().runtime.seed
     bench.fails = {default + 1}
     run = bench.finish(bench.begin(num_pairs=2, fixed=True))
-    assert run.stopped_by is Stop.ENOUGH and len(run.standing().candidate) == 2
+    assert (
+        run.stopped_by(bench.candidate) is Stop.ENOUGH
+        and len(run.standing(bench.candidate).candidate) == 2
+    )
     assert [t.state.name for t in bench.seeds()].count("FAIL") == 1
 
     bench.fails = set(range(1000))
@@ -254,7 +323,7 @@ def test_failures_are_tried_again_with_another_seed_then_given_up(tmp_path: Path
     bench.fails = {seed for seed in range(10_000) if seed > default + 5}
     worse = bench.begin(num_pairs=9, fixed=True)
     bench.finish(worse)
-    assert worse.stopped_by is Stop.IN_VAIN
+    assert worse.stopped_by(bench.candidate) is Stop.IN_VAIN
     assert len(bench.seeds()) - study_before <= 4
 
 

@@ -29,6 +29,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (("--trial", "0", "--against", "smoke"), "write it as STUDY:M"),
         (("--trial", "0", "--against", "s:0"), "that is the candidate itself"),
         (("--trial", "0", "--against", "s:1", "--seeds", "1"), "ask for --seeds 2"),
+        (("--trial", "0", "--trial", "0"), "each candidate once"),
+        (("--trial", "9", "--trial", "0"), "has no trial 9; it has 2 trials"),
         (("--trial", "x"), "--trial"),
     ],
 )

@@ -16,8 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from service.tracking.mlflow_mirror import MlflowMirror, run_name
+from service.tracking.mlflow_mirror import MlflowMirror
 from service.tracking.mlflow_tracker import MlflowTracker, quiet_mlflow
+from service.tracking.mlflow_values import run_name
 from service.tracking.outbox import (
     Progress,
     close_entry,
@@ -84,7 +85,7 @@ def store_client(uri: str):  # type: ignore[no-untyped-def]
 
 def child_runs(uri: str) -> list:
     client = store_client(uri)
-    experiment = client.get_experiment_by_name("caddie")
+    experiment = client.get_experiment_by_name("caddie/s")
     runs = client.search_runs([experiment.experiment_id], max_results=1000)
     return sorted(
         (run for run in runs if "caddie.trial" in run.data.tags),
@@ -118,7 +119,13 @@ def test_a_study_is_mirrored_whole(tmp_path: Path, database: str) -> None:
     study_dir = tmp_path / "s"
     warnings: list[str] = []
     tracker = MlflowTracker(
-        "s", study_dir, database, (tmp_path / "art").as_uri(), warnings.append, interval_s=0.05
+        "s",
+        study_dir,
+        database,
+        (tmp_path / "art").as_uri(),
+        warnings.append,
+        interval_s=0.05,
+        dashboard="http://127.0.0.1:8080/dashboard/studies/3",
     )
     measured, rejected = make_spec(study_dir, 0), make_spec(study_dir, 1)
     tracker.trial_started(measured)
@@ -133,11 +140,12 @@ def test_a_study_is_mirrored_whole(tmp_path: Path, database: str) -> None:
     assert warnings == []
     client = store_client(database)
     done, pruned = child_runs(database)
-    parent = client.get_run(done.data.tags["mlflow.parentRunId"])
-    assert parent.info.run_name == "s" and parent.info.status == "FINISHED"
-    pictures = [file.path for file in client.list_artifacts(parent.info.run_id)]
+    experiment = client.get_experiment(done.info.experiment_id)
+    assert pruned.info.experiment_id == experiment.experiment_id
+    (whole,) = client.search_runs([experiment.experiment_id], "tags.verdict = 'the study'")
+    assert whole.info.status == "FINISHED"
+    pictures = [file.path for file in client.list_artifacts(whole.info.run_id)]
     assert pictures == ["bytes_against_loss.svg"]
-    assert pruned.data.tags["mlflow.parentRunId"] == parent.info.run_id
     assert done.info.run_name == "0: num_layers=4 matrix_lr=0.01"
     assert done.data.params["optim.matrix_lr"] == "0.01"
     assert done.data.params["model.model_dim"] == "64"
@@ -145,6 +153,19 @@ def test_a_study_is_mirrored_whole(tmp_path: Path, database: str) -> None:
     assert done.data.metrics["constraint.clock"] == -0.5
     assert done.data.metrics["final.val_bpb"] == 2.25
     assert done.data.metrics["seconds.evaluate"] == 1.25
+    assert done.data.metrics["bits_per_byte"] == 2.25
+    assert done.data.metrics["nats_per_token"] == 3.5
+    assert done.data.metrics["bytes_left"] == 0
+    assert done.data.metrics["train_seconds_left"] == 0.5
+    assert done.data.metrics["eval_seconds_left"] == 28.75
+    assert done.data.metrics["worker_seconds"] > 0 and pruned.data.metrics["worker_seconds"] == 0
+    view = json.loads(experiment.tags["mlflow.sharedViewState.caddie"])
+    shown = {column.split("`")[1] for column in view["selectedColumns"]} - {"verdict"}
+    assert shown <= set(done.data.metrics), "a column that stays empty"
+    by_second = client.get_metric_history(done.info.run_id, "by_second/train_loss")
+    assert [point.step for point in by_second] == [step // 4 for step in range(1, 31)]
+    page = "http://127.0.0.1:8080/dashboard/studies/3/trials?numbers=0"
+    assert page in done.data.tags["mlflow.note.content"]
     history = client.get_metric_history(done.info.run_id, "train_loss")
     assert [(point.step, point.value) for point in history] == [
         (step, 6.0 - 0.1 * step) for step in range(1, 31)
@@ -219,6 +240,38 @@ def test_a_broken_folder_does_not_hold_up_the_others(tmp_path: Path, database: s
     tracker.close(grace_seconds=1)
     assert any("JSONDecodeError" in line for line in warnings)
     assert "1 trial is not mirrored yet" in warnings[-1]
+
+
+def test_studies_of_one_name_stay_apart(tmp_path: Path, database: str) -> None:
+    """Two people on one server; and each finds its own again."""
+    root = (tmp_path / "art").as_uri()
+    experiments = {}
+    for place, study_id in enumerate(("a" * 32, "b" * 32)):
+        spec = make_spec(tmp_path / f"{place}" / "s", 0)
+        open_entry(spec)
+        entry = close_entry(spec, "COMPLETE", [CLOCK], make_result())
+        mirror = MlflowMirror(database, "s", study_id, root)
+        mirror.sync(spec.folder, entry)
+        experiments[study_id] = mirror.experiment_id()
+        assert MlflowMirror(database, "s", study_id, root).experiment_id() == mirror.experiment_id()
+    assert len(set(experiments.values())) == 2
+
+
+def test_gpus_of_a_trial_are_system_metrics(tmp_path: Path, database: str) -> None:
+    """MLflow shows names with system/ on a page of their own."""
+    spec = make_spec(tmp_path / "s", 0)
+    open_entry(spec)
+    with TrialFolder(spec.folder).metrics.open("a") as file:
+        for sample in range(1, 121):  # more numbers than one call may hold
+            numbers = {f"gpu_{gpu}_utilization_percentage": sample for gpu in range(16)}
+            record = {"kind": "system", "time": 1e9 + sample, "sample": sample, **numbers}
+            file.write(json.dumps(record) + "\n")
+    entry = close_entry(spec, "COMPLETE", [CLOCK], make_result())
+    MlflowMirror(database, "s", "id", (tmp_path / "art").as_uri()).sync(spec.folder, entry)
+    (run,) = child_runs(database)
+    name = "system/gpu_15_utilization_percentage"
+    history = store_client(database).get_metric_history(run.info.run_id, name)
+    assert [(point.step, point.value) for point in history] == [(n, n) for n in range(1, 121)]
 
 
 def test_run_name_tells_equal_leaves_apart(tmp_path: Path) -> None:
@@ -322,7 +375,6 @@ def test_server_outage_loses_and_doubles_nothing(tmp_path: Path, server: Server)
     ]
     history = store_client(server.uri).get_metric_history(runs[0].info.run_id, "train_loss")
     assert [point.step for point in history] == list(range(1, 31))
-    assert len({run.data.tags["mlflow.parentRunId"] for run in runs}) == 1
 
 
 def test_the_scheduler_never_waits_for_a_dead_server(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from service.policies import (
     Streak,
     after_failure,
     ending,
+    is_hung,
     is_overdue,
     is_quarantined,
     num_to_launch,
@@ -100,3 +101,22 @@ def test_a_node_is_quarantined_after_failures_in_a_row_for_a_while(
 
 def test_quarantine_can_be_switched_off() -> None:
     assert not is_quarantined([1.0] * 99, 2.0, Policy(quarantine_failures=0))
+
+
+@pytest.mark.parametrize(
+    ("is_training", "silent_s", "gap_s", "running_s", "expected"),
+    [
+        (True, 31.0, 1.0, 40.0, True),
+        (True, 30.0, 1.0, 40.0, False),
+        (True, 60.0, 7.0, 90.0, False),  # its steps are long
+        (True, 71.0, 7.0, 90.0, True),
+        (False, 90.0, 0.0, 100.0, False),  # it may compile in silence
+        (False, 90.0, 0.0, 101.0, True),
+    ],
+)
+def test_a_run_is_hung_when_it_is_silent_for_longer_than_its_steps_explain(
+    is_training: bool, silent_s: float, gap_s: float, running_s: float, expected: bool
+) -> None:
+    policy = Policy(silence_s=30, overhead_s=100)
+    assert is_hung(is_training, silent_s, gap_s, running_s, policy) is expected
+    assert not is_hung(is_training, 1e9, gap_s, 1e9, Policy(silence_s=0))

@@ -314,6 +314,17 @@ def test_a_hung_run_is_cancelled_and_tried_again(tmp_path: Path) -> None:
     sweep.run()
     (trial,) = sweep.trials()
     assert trial.state.name == "COMPLETE"
+    assert "hung: no step 100 s after launch" in trial.user_attrs["error.attempt-1"]
+
+
+def test_a_run_that_hangs_after_training_is_cancelled_by_its_budgets(tmp_path: Path) -> None:
+    hung = replace(GOOD, finish_s=math.inf)
+    sweep = Sweep(
+        tmp_path, [hung, GOOD], space=plain_space(3), num_trials=1, overhead_s=100, silence_s=0
+    )
+    sweep.run()
+    (trial,) = sweep.trials()
+    assert trial.state.name == "COMPLETE"
     assert "cancelled: no result 138 s after launch" in trial.user_attrs["error.attempt-1"]
 
 

@@ -127,6 +127,24 @@ def test_ctrl_c_twice_and_sigkill_leave_a_study_that_resumes(tmp_path: Path, dat
 
 
 @pytest.mark.slow
+def test_ctrl_c_once_lets_the_running_trial_finish(tmp_path: Path, data: Path) -> None:
+    out = tmp_path / "runs"
+    process = start_sweep(out, data, 50, "--grace", "200", "--json")
+    wait_for_steps(out, process)
+    children = descendants(process)
+    process.send_signal(signal.SIGINT)
+    answer, _ = process.communicate(timeout=250)
+    assert process.returncode == 0, (tmp_path / "sweep.log").read_text()
+    assert_gone(children)
+    status = json.loads(answer)
+    assert status["states"]["RUNNING"] == status["states"]["FAIL"] == 0
+    study = optuna.load_study(study_name="smoke", storage=f"sqlite:///{out}/caddie.db")
+    finished = study.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED))
+    assert any((out / f"smoke/trial-{t.number:05d}/result.json").exists() for t in finished)
+    assert all("wasted_s" not in trial.user_attrs for trial in finished), "nothing was cut short"
+
+
+@pytest.mark.slow
 def test_stop_from_another_process_lets_the_running_trial_finish(
     tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,6 +12,7 @@ import optuna
 import pytest
 from sqlalchemy.exc import OperationalError
 
+from service.driver_storage import batch
 from service.errors import StorageError, StudyBusyError
 from service.runners.base import Demand
 from service.study import ask_to_stop
@@ -107,7 +108,7 @@ def test_a_storage_that_stays_away_ends_the_sweep_with_a_remedy(
     with monkeypatch.context() as patch:
         patch.setattr("service.lease.DriverLease._write", gone)
         patch.setattr("service.scheduler.stop_grace", gone)
-        with pytest.raises(StorageError, match="has not answered for 20 s; run the same command"):
+        with pytest.raises(StorageError, match="does not answer, for 20 s now; run"):
             sweep.run()
     sweep.scheduler.close()
     assert "RUNNING" not in sweep.states()
@@ -171,37 +172,48 @@ def test_closing_twice_is_harmless(tmp_path: Path) -> None:
     assert "RUNNING" not in sweep.states()
 
 
-@pytest.mark.parametrize("point", ["tell", "ask", "report"])
+WRITES: dict[str, tuple[Any, str]] = {
+    "tell": (optuna.Study, "tell"),
+    "ask": (optuna.Study, "ask"),
+    "report": (optuna.Trial, "report"),
+    "attribute": (optuna.Trial, "set_user_attr"),
+}
+
+
+@pytest.mark.parametrize("point", WRITES)
 def test_a_driver_that_was_only_slow_writes_no_trial_of_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: str
 ) -> None:
     """Between its look at the lease and its write the driver sleeps, and another takes over."""
-    slow = Sweep(tmp_path, by_depth, space=plain_space(3, 4), num_trials=4, slots=1)
-    owner, name = {
-        "tell": (optuna.Study, "tell"),
-        "ask": (optuna.Study, "ask"),
-        "report": (optuna.Trial, "report"),
-    }[point]
+    space = plain_space(3, 4)
+    slow = Sweep(tmp_path, by_depth, space=space, num_trials=4, slots=1)
+    owner, name = WRITES[point]
     real = getattr(owner, name)
     others: list[Sweep] = []
+    written: list[list[optuna.trial.FrozenTrial]] = []
+    """All trials as the other driver left them, before the slow one woke and after its write."""
 
     def sleeps(*arguments: Any, **options: Any) -> Any:
-        if not others:
-            lease = slow.study.user_attrs["driver"]
-            slow.study.set_user_attr("driver", {**lease, "host": "elsewhere", "heartbeat": 0.0})
-            others.append(
-                Sweep(tmp_path, by_depth, space=plain_space(3, 4), num_trials=4, start_at=500)
-            )
-        return real(*arguments, **options)
+        if others:
+            return real(*arguments, **options)
+        lease = slow.study.user_attrs["driver"]
+        slow.study.set_user_attr("driver", {**lease, "host": "elsewhere", "heartbeat": 0.0})
+        others.append(Sweep(tmp_path, by_depth, space=space, num_trials=4, start_at=500))
+        others[0].steps(1)
+        written.append(slow.trials())
+        with batch(slow.study):  # as the callers of attributes do
+            return real(*arguments, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, sleeps)
         with pytest.raises(StudyBusyError, match="is being driven by"):
-            slow.run()
-    before = len(slow.trials())
+            while slow.scheduler.step():
+                slow.runner.advance(0.5)
+                assert not others, f"the slow driver's {point} went through"
+        written.append(slow.trials())
     slow.scheduler.close()
-    assert len(slow.trials()) == before
-    assert all(not trial.state.is_finished() for trial in slow.trials())
+    written.append(slow.trials())
+    assert written[0] == written[1] == written[2]
     others[0].run()
     assert others[0].states() == ["COMPLETE"] * 4 or "RUNNING" not in others[0].states()
     assert others[0].scheduler.status().told == 4

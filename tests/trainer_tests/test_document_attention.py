@@ -206,6 +206,30 @@ def test_flex_masks_made_in_one_compiled_graph_follow_the_documents() -> None:
     assert len(graphs) == 1
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_masks_serve_rows_of_every_length_in_one_graph() -> None:
+    torch._dynamo.reset()
+    graphs = []
+
+    def attend(tokens: Tensor, *inputs: Tensor) -> Tensor:
+        return attend_flex(flex_attention, *inputs, documents=Documents(tokens, BOS, 200))
+
+    def backend(graph: torch.fx.GraphModule, example: list[Tensor]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(attend, fullgraph=True, dynamic=False, backend=backend)
+    for length in (256, 128, 384):
+        tokens = rows_of_documents(2, length, 0.05, 0)
+        inputs = [torch.randn(2, length, heads, 4, dtype=torch.float64) for heads in (2, 1, 1)]
+        for tensor in (tokens, *inputs):
+            torch._dynamo.mark_dynamic(tensor, 1)
+        with torch.no_grad():
+            expected = one_at_a_time(tokens, 200, None, *inputs)
+            torch.testing.assert_close(compiled(tokens, *inputs), expected)
+    assert len(graphs) <= 2  # rows longer than the longest piece, and the others
+
+
 def test_more_pieces_than_room_give_nan_and_not_a_leak() -> None:
     tokens = torch.full((1, 600), BOS)
     assert room_for_pieces(1, 600, 600) == 257

@@ -27,6 +27,7 @@ from trainer.config import EvaluateConfig, TrainConfig
 from trainer.data.dataset import Dataset
 from trainer.distributed import Group
 from trainer.errors import ConfigError, RuleError
+from trainer.evaluate import document_training
 from trainer.evaluate.document_training import (
     DocumentLora,
     DocumentPass,
@@ -395,6 +396,44 @@ def test_nothing_is_compiled_after_priming(dataset: Dataset, kind: str) -> None:
     found = score(it, config)
     assert graphs > 1 and counter["unique_graphs"] == graphs
     assert found.val_loss == pytest.approx(score(eager, config).val_loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("shapes", ["fixed", "dynamic"])
+def test_one_graph_can_serve_rows_of_every_length(
+    shapes: str, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both directions: a second graph is for an eighth of the documents at the longest."""
+    monkeypatch.setattr(document_training, "LENGTH_STEP", SIZE)
+    torch._dynamo.reset()
+    config = settings(ttt_doc_shapes=shapes, ttt_doc_batch=4, prequant=False)
+    plain = settings(ttt_doc_batch=4)
+    model = {**UNTIED, "document_attention": True, "max_doc_len": SEQ_LEN}
+    eager, it = (subject(dataset, model=small_gpt(**model)) for _ in range(2))
+    graphs: list[list[int]] = []
+    lengths: set[int] = set()
+
+    def note(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        graphs.append([x.size(1) for x in inputs if isinstance(x, Tensor) and x.dim() == 2])
+        return graph.forward
+
+    compiled = torch.compile(it.model, fullgraph=True, dynamic=False, backend=note)
+
+    def forward(tokens: Tensor, targets: Tensor, **how: Any) -> Tensor:
+        lengths.add(tokens.size(1))
+        nats: Tensor = compiled(tokens, targets, **how)
+        return nats
+
+    it = dataclasses.replace(it, forward=forward)
+    prime_score(it, config)
+    primed = len(graphs)
+    lengths.clear()
+    found = score(it, config)
+    assert len(graphs) == primed, "compiled after priming"
+    assert found.val_loss == pytest.approx(score(eager, plain).val_loss, rel=1e-5)
+    if shapes == "dynamic":
+        assert primed == 2 and lengths == {4, 8, 12, 16}
+    else:
+        assert primed == 4 and lengths == {4, 8, 16}
 
 
 def test_priming_changes_nothing_and_sees_no_validation_token(

@@ -10,9 +10,11 @@ from typing import Any
 from torch import Tensor
 
 from trainer.attention.base import Attend, Backend, Log
+from trainer.attention.cudnn import CUDNN
 from trainer.attention.documents import Documents
 from trainer.attention.flash4 import FLASH4
 from trainer.attention.flex import FLEX
+from trainer.attention.measured import build_fastest
 from trainer.attention.sdpa import SDPA
 from trainer.attention.varlen import VARLEN
 from trainer.errors import BackendError
@@ -23,6 +25,7 @@ ATTENTION: dict[str, Backend] = {
     "sdpa": SDPA,
     "flex": FLEX,
     "flash4": FLASH4,
+    "cudnn": CUDNN,
     "varlen": VARLEN,
 }
 
@@ -36,9 +39,14 @@ outside. A backend enters these where it was measured to win (benchmarks/windows
 
 
 def select_backend(
-    name: str, device_type: str, log: Log, windowed: bool = False, documents: bool = False
+    name: str,
+    device_type: str,
+    log: Log,
+    windowed: bool = False,
+    documents: bool = False,
+    half: bool = True,
 ) -> Attend:
-    """The attention function for "auto" or a name of the table.
+    """The attention function for "auto", "fastest" or a name of the table.
 
     Args:
         device_type: "cpu" or "cuda".
@@ -47,6 +55,7 @@ def select_backend(
             which skips what is outside, where sdpa computes everything under a mask.
         documents: it will be called with documents. On cuda "auto" then takes flex throughout, for
             the same reason.
+        half: it will compute in bfloat16; asked by "fastest" only.
     Raises:
         BackendError: the named backend is unknown or cannot run here; says what to do.
     """
@@ -54,8 +63,10 @@ def select_backend(
         apart = AUTO_FOR_DOCUMENTS.get(device_type, ()) if documents else ()
         full = _first_that_runs((*apart, *AUTO), device_type, log)
         return _with_fast_windows(full, device_type, log) if windowed else full
+    if name == "fastest":
+        return build_fastest(ATTENTION, device_type, log, windowed, documents, half)
     if name not in ATTENTION:
-        known = ", ".join(("auto", *ATTENTION))
+        known = ", ".join(("auto", *ATTENTION, "fastest"))
         raise BackendError(f"runtime.attention = {name!r}: no such backend; choose one of {known}")
     fault = ATTENTION[name].fault(device_type)
     if fault is not None:

@@ -42,11 +42,10 @@ class Documents:
     """
 
     def __init__(self, tokens_BT: Tensor, bos_id: int, max_len: int = 0) -> None:
-        num_tokens = tokens_BT.size(1)
         first_BT: Tensor = first_visible(tokens_BT, bos_id, max_len)
         self.first_BT = first_BT
         """For each token, the place in its row of the first token that it may see."""
-        self._max_len = min(max_len or num_tokens, num_tokens)
+        self._longest = max_len
         self._made: dict[Hashable, Any] = {}
 
     def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
@@ -77,7 +76,9 @@ class Documents:
         total = num_rows * num_tokens
         place_T = torch.arange(num_tokens, device=self.first_BT.device)
         begins_N = (self.first_BT == place_T).flatten()
-        room = room_for_pieces(num_rows, num_tokens, self._max_len)
+        # Here and not before: a comparison of lengths ties a graph to one side of it.
+        max_len = min(self._longest or num_tokens, num_tokens)
+        room = room_for_pieces(num_rows, num_tokens, max_len)
         number_N = torch.cumsum(begins_N, 0) - 1
         # The last slot takes what is no beginning, or finds no room; it is cut off.
         slot_N = torch.where(begins_N & (number_N < room), number_N, room + 1)
@@ -85,7 +86,7 @@ class Documents:
         place_N = torch.arange(total, dtype=torch.int32, device=place_T.device)
         bounds = bounds.scatter(0, slot_N, place_N)[:-1]
         guard = torch.where(number_N[-1] < room, 1.0, torch.nan)
-        return Pieces(bounds, self._max_len, guard)
+        return Pieces(bounds, max_len, guard)
 
 
 def room_for_pieces(num_rows: int, num_tokens: int, max_len: int) -> int:

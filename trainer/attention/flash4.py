@@ -24,8 +24,8 @@ from trainer.attention.documents import Documents, packed
 from trainer.errors import BackendError
 
 _REMEDY = (
-    "install flash-attn-4 with nvidia-cutlass-dsl, quack-kernels, apache-tvm-ffi and "
-    "torch-c-dlpack-ext, or set runtime.attention = auto"
+    "install flash-attn-4 with what it needs, `pip install '.[gpu]'` in the project's folder, or "
+    "set runtime.attention = auto"
 )
 _NO_WINDOW = -1
 

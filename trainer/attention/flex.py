@@ -49,7 +49,7 @@ def attend_flex(
         q_BTHD.transpose(1, 2),
         k_BTGD.transpose(1, 2),
         v_BTGD.transpose(1, 2),
-        block_mask=_block_mask(q_BTHD.size(1), window, q_BTHD.device, documents),
+        block_mask=block_mask_of(q_BTHD.size(1), window, q_BTHD.device, documents),
         enable_gqa=q_BTHD.size(2) != k_BTGD.size(2),
     )
     return out_BHTD.transpose(1, 2)
@@ -96,9 +96,10 @@ def _visible_in(documents: Documents, window: int | None) -> Visible:
     return visible
 
 
-def _block_mask(
+def block_mask_of(
     num_tokens: int, window: int | None, device: torch.device, documents: Documents | None
 ) -> BlockMask:
+    """Which blocks are seen, made once per batch of documents, and once for all without."""
     if documents is not None:
         mask: BlockMask = documents.once(
             ("flex", window), lambda: document_block_mask(documents, window)

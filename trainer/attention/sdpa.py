@@ -30,7 +30,7 @@ def build_sdpa(device_type: str, log: Log) -> Attend:
     if device_type != "cuda":
         return attend_sdpa
     kernels = [SDPBackend.FLASH_ATTENTION, *_FALLBACKS]
-    fault = _cudnn_fault()
+    fault = cudnn_fault()
     if fault is None:
         kernels.insert(0, SDPBackend.CUDNN_ATTENTION)
     log(f"attention: sdpa prefers {kernels[0].name}" + (f" (cuDNN: {fault})" if fault else ""))
@@ -85,7 +85,7 @@ def _attend_in_order(
         return attend_sdpa(q_BTHD, k_BTGD, v_BTGD, window=window, documents=documents)
 
 
-def _cudnn_fault() -> str | None:
+def cudnn_fault() -> str | None:
     """Why cuDNN's kernel is not to be used, from one small forward and backward against fp32."""
     generator = torch.Generator("cuda").manual_seed(0)
     shapes = [(2, 256, 4, 64), (2, 256, 2, 64), (2, 256, 2, 64)]

@@ -93,6 +93,10 @@ class EvaluateConfig(Settings):
     ttt_doc_lengths: PositiveInt = 6
     """Most lengths to which rows are filled up: seq_len, its half and so on while they hold a
     chunk. Each is compiled; fewer waste more on short documents. The score stays the same."""
+    ttt_doc_shapes: Literal["fixed", "dynamic"] = "fixed"
+    """How those lengths are compiled: a graph for each, or one for rows of any length, which are
+    then filled up to a multiple of 128 tokens, and ttt_doc_lengths has no say. The score stays the
+    same, to rounding."""
     ttt_lora_rank: Annotated[int, Field(ge=0)] = 96
     """Rank of the adapters; 0 = none, documents are scored one by one as they are."""
     ttt_lora_alpha: PositiveFloat = 144.0

@@ -37,8 +37,9 @@ class RuntimeConfig(Settings):
     """"auto" = cuda where there is one."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Compute type of matrix products; "auto" = bfloat16 on cuda, float32 on cpu."""
-    attention: Literal["auto", "sdpa", "flex", "flash4", "varlen"] = "auto"
-    """Attention backend; "auto" picks and says what it took."""
+    attention: Literal["auto", "fastest", "sdpa", "cudnn", "flex", "flash4", "varlen"] = "auto"
+    """Attention backend; "auto" picks of what PyTorch brings, "fastest" of all by a measured table
+    (trainer/attention/measured.py), and both say what they took."""
     mlp_kernel: Literal[
         "compiled", "auto", "fused", "fused_saved", "fused_norm", "fused_norm_saved"
     ] = "compiled"
@@ -53,8 +54,17 @@ class RuntimeConfig(Settings):
     "fused" one operator that mixes, turns and normalises; "auto" as above."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile; "auto" = on for cuda."""
+    compile_cache: str = "auto"
+    """Folder in which what was compiled is kept for later runs; "auto" = one of the user's, unless
+    TORCHINDUCTOR_CACHE_DIR or TRITON_CACHE_DIR say otherwise; "off" = the compiler's own choice."""
     prime_steps: Annotated[int, Field(ge=0)] = 3
     """Real steps before the clock starts, so that every graph is compiled; undone afterwards."""
+    prime_batches: Literal["all", "shapes"] = "all"
+    """What a primed step works on: every micro batch of a step, or one of each shape, which
+    compiles the same graphs in less time."""
+    prime_score: Literal["before", "after"] = "before"
+    """When the graphs of the score are compiled: before training, so that a fault shows early, or
+    after it, so that training starts sooner. Outside every clock either way."""
     log_every: PositiveInt = 10
     """Steps between metric records."""
     val_every: Annotated[int, Field(ge=0)] = 0

@@ -226,8 +226,9 @@ class TrainConfig(Settings):
         Raises ConfigError that lists every unknown path (with the nearest names), every wrong type
         and every broken rule together.
         """
-        faults = [_unknown_path(path) for path in overrides if path not in _leaf_paths()]
-        known = {path: value for path, value in overrides.items() if path in _leaf_paths()}
+        paths = set(_leaf_paths())
+        faults = [_unknown_path(path) for path in overrides if path not in paths]
+        known = {path: value for path, value in overrides.items() if path in paths}
         try:
             changed = TrainConfig.model_validate(_replaced(self, known))
         except ValidationError as error:
@@ -355,7 +356,7 @@ def _replaced(config: TrainConfig, values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _walk(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in tree.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, dict):
             yield from _walk(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value

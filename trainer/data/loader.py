@@ -14,9 +14,11 @@ Shapes: B rows of one micro batch, T seq_len.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -135,33 +137,29 @@ class TrainLoader:
             stages: of data.seq_len_schedule; () = rows do not change.
             epoch_multiple: of rows in an epoch, for "shuffled_documents".
             bos_id: token that begins a document, for the same.
-            train_tokens: most distinct tokens to use, the first ones; None = all.
+            train_tokens: most distinct tokens to use, the first; None = all.
         """
-        shards = {"train": dataset.train_shards, "val": dataset.val_shards}
-        both = [*dataset.train_shards, *dataset.val_shards]
-        chosen = shards.get(split) or both
+        chosen = _shards_of(dataset, split)
         stream = TokenStream(chosen, train_tokens)
         self._epoch_tokens = stream.num_tokens
         if loader == "shuffled_documents":
             stream = ShuffledDocuments(chosen, train_tokens, seed, bos_id)
             used = rows_per_epoch(stream.num_tokens, seq_len, epoch_multiple)
             self._epoch_tokens = used * seq_len
-        if stream.num_tokens <= batch_tokens:
-            raise DataError(
-                f"{dataset.dir}: {stream.num_tokens} training tokens are less than one step of "
-                f"data.batch_tokens = {batch_tokens}; lower it or give more text"
-            )
+        _check_size(dataset, stream.num_tokens, batch_tokens)
         self._stream = stream
         self._digest = dataset.digest
         self._batch_tokens = batch_tokens
         self._loader = loader
         self._device = device
         self._position = 0
+        self._is_thinned = False
         if lanes:
-            places = [LanePlace(tuple(lanes), i, seed) for i in range(rank, len(lanes), world_size)]
             self._pieces = [
-                self._lane_piece(place, micro_batch_tokens, weighting, world_size)
-                for place in places
+                self._lane_piece(
+                    LanePlace(tuple(lanes), i, seed), micro_batch_tokens, weighting, world_size
+                )
+                for i in range(rank, len(lanes), world_size)
             ]
         else:
             share = share_of_batch(seq_len, batch_tokens, micro_batch_tokens, rank, world_size)
@@ -219,14 +217,36 @@ class TrainLoader:
 
     @property
     def num_micro_batches(self) -> int:
-        """Micro batches that `next_step` returns."""
+        """Micro batches of a whole step."""
         return sum(piece.num_micro_batches for piece in self._pieces)
 
     @property
     def divisors(self) -> list[float]:
-        """For each micro batch, what to divide its mean loss by, so that their sum, averaged over
-        ranks, is the loss of the step."""
-        return [piece.divisor for piece in self._pieces for _ in range(piece.num_micro_batches)]
+        """For each micro batch that `next_step` returns, what to divide its mean loss by, so that
+        their sum, averaged over ranks, is the loss of the step."""
+        return self._chosen(
+            [piece.divisor for piece in self._pieces for _ in range(piece.num_micro_batches)]
+        )
+
+    @contextmanager
+    def one_of_each_shape(self, is_on: bool = True) -> Iterator[None]:
+        """Inside, a step has only the first micro batch of every shape: for priming."""
+        self._is_thinned, before = is_on, self._is_thinned
+        try:
+            yield
+        finally:
+            self._is_thinned = before
+
+    def _chosen(self, micro_batches: list[Any]) -> list[Any]:
+        """Of one item for each micro batch, those of the present step."""
+        if not self._is_thinned:
+            return micro_batches
+        kinds = [
+            (piece.share.micro_rows, piece.seq_len)
+            for piece in self._pieces
+            for _ in range(piece.num_micro_batches)
+        ]
+        return [micro_batches[kinds.index(kind)] for kind in dict.fromkeys(kinds)]
 
     @property
     def epoch(self) -> float:
@@ -305,7 +325,22 @@ class TrainLoader:
                 rows = part.view(-1, piece.seq_len + 1)
                 x, y = rows[:, :-1].reshape(shape), rows[:, 1:].reshape(shape)
             micro_batches += zip(x, y, strict=True)
-        return micro_batches
+        return self._chosen(micro_batches)
+
+
+def _shards_of(dataset: Dataset, split: str) -> Sequence[Path]:
+    """Shards of "train", "val" or "both"."""
+    if split == "both":
+        return [*dataset.train_shards, *dataset.val_shards]
+    return dataset.val_shards if split == "val" else dataset.train_shards
+
+
+def _check_size(dataset: Dataset, num_tokens: int, batch_tokens: int) -> None:
+    if num_tokens <= batch_tokens:
+        raise DataError(
+            f"{dataset.dir}: {num_tokens} training tokens are less than one step of "
+            f"data.batch_tokens = {batch_tokens}; lower it or give more text"
+        )
 
 
 def _check_stages(stages: tuple[RowStage, ...], micro_tokens: int) -> None:

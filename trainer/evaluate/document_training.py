@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,6 +36,8 @@ from trainer.model.adapters import Adapters, adapter_widths, num_visits
 
 Document = tuple[int, int]
 """[first, end) targets."""
+LENGTH_STEP = 128
+"""Where one graph serves all lengths, rows are filled up to a multiple: a block of attention."""
 ADAM_EPS = 1e-10
 """As published; second moments of the adapters are that small."""
 
@@ -136,7 +139,7 @@ class DocumentPass:
         model, device = self._model_config, self._device
         with gradients_of(self.subject.model, ()), self._mode():
             lora = self._lora(0)
-            for num_rows, seq_len in row_shapes(self.config):
+            for num_rows, seq_len in primed_shapes(self.config):
                 asked = as_asked(self._forward(lora, num_rows), self.config)
                 drawn = random_rows(model.vocab_size, num_rows, seq_len, device)
                 nats_BT = asked(*drawn, reduction="none")
@@ -173,8 +176,13 @@ class DocumentPass:
         """What scores; the softcaps learn in phases only."""
         softcaps = None if self.softcaps is None else self.softcaps.detach()
         if lora is None:
-            return self._with_softcaps(softcaps)
-        return partial(self.subject.forward, adapters=lora.adapters(num_rows, softcaps))
+            forward = self._with_softcaps(softcaps)
+        else:
+            forward = partial(self.subject.forward, adapters=lora.adapters(num_rows, softcaps))
+        is_compiled = self.subject.forward is not self.subject.model
+        if self.config.ttt_doc_shapes == "dynamic" and is_compiled:
+            return partial(_with_any_length, forward)
+        return forward
 
     def _with_softcaps(self, softcaps: Tensor | None) -> LossModel:
         if softcaps is None:
@@ -252,8 +260,26 @@ def deal(batches: list[list[Document]], lane: int, num_lanes: int) -> list[list[
 
 
 def row_shapes(config: EvaluateConfig) -> list[tuple[int, int]]:
-    """(rows, T) of forward passes, each a graph of its own: all documents at every length, and an
-    eighth of them at the longest, for few documents are very long and the others wait for them."""
+    """(rows, T) of forward passes: all documents at every length, and an eighth of them at the
+    longest, for few documents are very long and the others wait for them."""
+    few = (max(1, config.ttt_doc_batch // 8), config.seq_len)
+    lengths = _halves(config) if config.ttt_doc_shapes == "fixed" else _multiples(config)
+    return sorted({few, *((config.ttt_doc_batch, length) for length in lengths)})
+
+
+def primed_shapes(config: EvaluateConfig) -> list[tuple[int, int]]:
+    """Those of `row_shapes` that are a graph of their own. Where one graph serves all lengths, its
+    longest and shortest, from the middle: a first length that is special would be taken for one."""
+    shapes = row_shapes(config)
+    if config.ttt_doc_shapes == "fixed":
+        return shapes
+    own = [shape for shape in shapes if shape[0] == config.ttt_doc_batch]
+    chosen = [own[len(own) // 2], own[0], own[-1], shapes[0]]
+    return list(dict.fromkeys(chosen))
+
+
+def _halves(config: EvaluateConfig) -> list[int]:
+    """seq_len, its half and so on, while they hold a chunk."""
     lengths = [config.seq_len]
     while (
         len(lengths) < config.ttt_doc_lengths
@@ -261,8 +287,24 @@ def row_shapes(config: EvaluateConfig) -> list[tuple[int, int]]:
         and lengths[-1] // 2 >= config.ttt_doc_chunk_tokens
     ):
         lengths.append(lengths[-1] // 2)
-    few = (max(1, config.ttt_doc_batch // 8), config.seq_len)
-    return sorted({few, *((config.ttt_doc_batch, length) for length in lengths)})
+    return lengths
+
+
+def _multiples(config: EvaluateConfig) -> list[int]:
+    """Multiples of LENGTH_STEP that hold a chunk, and seq_len."""
+    first = math.ceil(config.ttt_doc_chunk_tokens / LENGTH_STEP) * LENGTH_STEP
+    return [*range(first, config.seq_len, LENGTH_STEP), config.seq_len]
+
+
+def _with_any_length(
+    forward: LossModel, tokens_BT: Tensor, targets_BT: Tensor, **how: Any
+) -> Tensor:
+    """Has the compiler take the length of these rows for one of many. Copies, because where a view
+    begins in its storage would be part of the graph as well."""
+    tokens_BT, targets_BT = tokens_BT.clone(), targets_BT.clone()
+    for tensor in (tokens_BT, targets_BT):
+        torch._dynamo.mark_dynamic(tensor, 1)
+    return forward(tokens_BT, targets_BT, **how)
 
 
 def chunk_rows(

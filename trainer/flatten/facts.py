@@ -121,6 +121,8 @@ def kept_keys(config: TrainConfig) -> dict[str, set[str]]:
         backends = {"sdpa"}
         if config.model.window or config.model.document_attention:
             backends.add("flex")
+    elif config.runtime.attention == "fastest":
+        backends = {"sdpa", "cudnn", "flex", "flash4"}
     return {
         "ATTENTION": backends,
         "AUTO": backends,

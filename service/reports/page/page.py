@@ -69,50 +69,45 @@ def draw_page(
         recipe=study.user_attrs.get("recipe", "?"),
         made=time.strftime("%Y-%m-%d %H:%M %Z"),
         facts=_facts(status, rows, gpu_hour_price),
-        board_columns=_columns(
-            *("rank", "bits per byte", "expected", "95 % interval", "bytes", "bytes left"),
-            *("train s", "eval s", "steps", "seeds", "trials", "settings"),
-            words=("trials", "settings"),
-        ),
-        board=[_board_row(row) for row in rows[:MAX_ROWS]],
-        more_rows=max(0, len(rows) - MAX_ROWS),
         noise=str(noise_of(trials)),
         charts=_charts(study, trials, rows, cap),
-        confirm_columns=_columns(
-            "pair", "side", "seeds", "mean", "deviation", words=("pair", "side")
-        ),
-        confirmations=_confirmations(study),
-        seed_columns=_columns(
-            "settings",
-            "seeds",
-            "scores",
-            "deviation",
-            "95 % interval",
-            words=("settings", "scores"),
-        ),
-        seeds=_seed_rows(trials, rows),
+        more_rows=max(0, len(rows) - MAX_ROWS),
         confirm_command=f"caddie confirm {shlex.quote(study.study_name)} --trial "
         f"{best.number if best is not None else 'N'} --seeds 5",
-        misfit_columns=_columns(
-            *("trial", "verdict", "filter", "after", f"{status.gpu_seconds.unit} saved", "why"),
-            words=("verdict", "filter", "why"),
-        ),
-        misfits=_misfits(study, trials),
-        ledger_columns=_columns(
-            "",
-            status.gpu_seconds.unit,
-            "hours",
-            *(["money"] if gpu_hour_price else []),
-            words=("",),
-        ),
-        ledger=_ledger(study, status.gpu_seconds, gpu_hour_price),
         price_note=f"at {gpu_hour_price:g} an hour (gpu_hour_price of caddie.toml)"
         if gpu_hour_price
         else "",
         replay=_replay(study.study_name, best) if best is not None else "",
         replay_note=_provenance(best) if best is not None else "",
+        **_headings(status.gpu_seconds.unit, gpu_hour_price),
+        board=[_board_row(row) for row in rows[:MAX_ROWS]],
+        confirmations=_confirmations(study),
+        seeds=_seed_rows(trials, rows),
+        misfits=_misfits(study, trials),
+        ledger=_ledger(study, status.gpu_seconds, gpu_hour_price),
     )
     return _without_control_characters(page)
+
+
+def _headings(unit: str, gpu_hour_price: float) -> dict[str, list[tuple[str, bool]]]:
+    """The columns of every table.
+
+    Args:
+        unit: Of work, such as "GPU-seconds".
+    """
+    places = ("rank", "bits per byte", "expected", "95 % interval", "bytes", "bytes left")
+    costs = ("train s", "eval s", "steps", "seeds", "trials", "settings")
+    scores = ("settings", "seeds", "scores", "deviation", "95 % interval")
+    sides = ("pair", "side", "seeds", "mean", "deviation")
+    misfits = ("trial", "verdict", "filter", "after", f"{unit} saved", "why")
+    money = ("money",) if gpu_hour_price else ()
+    return {
+        "board_columns": _columns(*places, *costs, words=("trials", "settings")),
+        "confirm_columns": _columns(*sides, words=("pair", "side")),
+        "seed_columns": _columns(*scores, words=("settings", "scores")),
+        "misfit_columns": _columns(*misfits, words=("verdict", "filter", "why")),
+        "ledger_columns": _columns("", unit, "hours", *money, words=("",)),
+    }
 
 
 def _columns(*names: str, words: Sequence[str]) -> list[tuple[str, bool]]:
