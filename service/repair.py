@@ -12,7 +12,7 @@ Only for a study that nobody drives: with `apply` the caller holds its lease.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -27,9 +27,24 @@ from service.fault import Fault
 from service.filters import default_filters
 from service.judge import Judge
 from service.policies import Policy
+from service.repair_files import (
+    TRIALS_FILE,
+    are_verdicts,
+    as_json,
+    entry_or_none,
+    is_artifact,
+    is_due,
+    is_entry,
+    is_json,
+    is_result,
+    is_row,
+    move,
+    put,
+    read_json,
+)
 from service.run import Run
 from service.runners.base import Demand
-from service.study import deciding, frozen_trials, live_trial, requeue
+from service.study import frozen_trials, live_trial, requeue
 from service.teller import Teller
 from service.tracking.curve import curve_of
 from service.tracking.jsonl_tracker import JsonlTracker, read_lines
@@ -40,9 +55,7 @@ from service.tracking.outbox import (
     entry_path,
     folders_with_entries,
     open_entry,
-    read_entry,
 )
-from service.tracking.outcome import REJECTED
 from service.trial import TrialFolder, TrialSpec, Verdict
 from service.trial_book import TOLD_FILE, TrialBook, trial_folder
 from trainer.config import TrainConfig
@@ -50,7 +63,6 @@ from trainer.errors import ConfigError
 from trainer.recipes import RECIPES
 from trainer.report import TrainResult
 
-TRIALS_FILE = "trials.jsonl"
 ORPHANS = "orphaned"
 Fetch = Callable[[Path, int, str], bytes | None]
 """(folder, trial, file name) -> the file as a mirror has it."""
@@ -170,13 +182,13 @@ class StudyRepair:
         files = TrialFolder(trial_folder(self._study_dir, trial.number))
         makers: tuple[tuple[Path, Callable[[], bytes | None], Callable[[bytes], bool]], ...] = (
             (files.config, partial(self._config, trial), partial(self._is_config, trial)),
-            (entry_path(files.path), partial(self._entry, trial), partial(_is_entry, trial)),
-            (files.verdicts, partial(self._verdicts, trial), partial(_are_verdicts, trial)),
-            (files.result, partial(self._result, trial), partial(_is_result, trial)),
-            (files.provenance, lambda: None, _is_json),
+            (entry_path(files.path), partial(self._entry, trial), partial(is_entry, trial)),
+            (files.verdicts, partial(self._verdicts, trial), partial(are_verdicts, trial)),
+            (files.result, partial(self._result, trial), partial(is_result, trial)),
+            (files.provenance, lambda: None, is_json),
             (files.metrics, lambda: None, lambda data: True),
-            (files.artifact, lambda: None, partial(_is_artifact, files)),
-            (files.path / TOLD_FILE, partial(self._told, trial), _is_json),
+            (files.artifact, lambda: None, partial(is_artifact, files)),
+            (files.path / TOLD_FILE, partial(self._told, trial), is_json),
             (files.path / "curve.svg", partial(self._curve, trial), partial(self._is_curve, trial)),
         )
         cleaned = cleaned_files(files.path)
@@ -184,7 +196,7 @@ class StudyRepair:
             there = path.exists()
             if there and is_right(path.read_bytes()):
                 continue
-            if not there and (path.name in cleaned or not _is_due(trial, path.name)):
+            if not there and (path.name in cleaned or not is_due(trial, path.name)):
                 continue
             if path.name == "curve.svg" and make() is None:  # nothing to draw, or not yet
                 continue
@@ -204,7 +216,7 @@ class StudyRepair:
         for source, data in self._copies(number, path, make):
             if data is not None and is_right(data):
                 return Fault(
-                    number, "folder", what, f"write it again {source}", partial(_put, path, data)
+                    number, "folder", what, f"write it again {source}", partial(put, path, data)
                 )
         return Fault(number, "folder", what, "nothing else tells what was in it; it stays so")
 
@@ -219,9 +231,9 @@ class StudyRepair:
         entry = self._read_entry(trial.number)
         asked = entry.overrides if entry is not None else {**self._common, **trial.params}
         try:
-            return _as_json(self._base.with_overrides(asked).to_dict())
+            return as_json(self._base.with_overrides(asked).to_dict())
         except ConfigError:  # what was proposed is no valid setting: the base's stands for it
-            return _as_json(self._base.to_dict())
+            return as_json(self._base.to_dict())
 
     def _is_config(self, trial: FrozenTrial, data: bytes) -> bool:
         try:
@@ -233,11 +245,11 @@ class StudyRepair:
     def _entry(self, trial: FrozenTrial) -> bytes | None:
         """tracking.json out of the storage and the other files; its times are the storage's."""
         files = TrialFolder(trial_folder(self._study_dir, trial.number))
-        config = _read_json(files.config)
-        verdicts = self._right_one(trial, files.verdicts, partial(_are_verdicts, trial))
+        config = read_json(files.config)
+        verdicts = self._right_one(trial, files.verdicts, partial(are_verdicts, trial))
         if config is None or verdicts is None or trial.datetime_start is None:
             return None
-        result = self._right_one(trial, files.result, partial(_is_result, trial))
+        result = self._right_one(trial, files.result, partial(is_result, trial))
         ended = trial.datetime_complete or trial.datetime_start
         beside = self._neighbour
         entry = Entry(
@@ -255,10 +267,10 @@ class StudyRepair:
             verdicts=verdicts,
             result=result,
         )
-        return _as_json(asdict(entry))
+        return as_json(asdict(entry))
 
     def _launch_of(self, folder: Path) -> int:
-        progress = _read_json(folder / "mirror.json")
+        progress = read_json(folder / "mirror.json")
         return int(progress.get("launch") or 1) if isinstance(progress, dict) else 1
 
     def _right_one(self, trial: FrozenTrial, path: Path, is_right: Callable[[bytes], bool]) -> Any:
@@ -271,7 +283,7 @@ class StudyRepair:
 
     def _verdicts(self, trial: FrozenTrial) -> bytes | None:
         entry = self._read_entry(trial.number)
-        return _as_json(entry.verdicts) if entry is not None and entry.has_ended else None
+        return as_json(entry.verdicts) if entry is not None and entry.has_ended else None
 
     def _result(self, trial: FrozenTrial) -> bytes | None:
         entry = self._read_entry(trial.number)
@@ -285,7 +297,7 @@ class StudyRepair:
         ended = entry.ended if entry is not None else None
         if ended is None and trial.datetime_complete is not None:
             ended = trial.datetime_complete.timestamp()
-        return _as_json({"state": trial.state.name, "time": ended})
+        return as_json({"state": trial.state.name, "time": ended})
 
     def _curve(self, trial: FrozenTrial) -> bytes | None:
         entry = self._read_entry(trial.number)
@@ -313,7 +325,7 @@ class StudyRepair:
         trials = {t.number: t for t in frozen_trials(self._study) if t.state.is_finished()}
         for number, trial in trials.items():
             row = listed.get(number)
-            if row is not None and _is_row(trial, row):
+            if row is not None and is_row(trial, row):
                 continue
             entry = self._read_entry(number)
             what = "it has no line" if row is None else "its line is not what the storage has"
@@ -351,7 +363,7 @@ class StudyRepair:
         self._write_lines(line for line in lines if line != broken)
 
     def _write_lines(self, lines: Iterable[str]) -> None:
-        _put(self._study_dir / TRIALS_FILE, "".join(lines).encode())
+        put(self._study_dir / TRIALS_FILE, "".join(lines).encode())
 
     def _rows(self) -> list[tuple[str, dict[str, Any]]]:
         lines = read_lines(self._study_dir / TRIALS_FILE)
@@ -368,18 +380,18 @@ class StudyRepair:
             if folder.is_dir() and folder not in known:
                 target = self._study_dir / ORPHANS / folder.name
                 what = f"{folder.name} is the folder of no trial"
-                mend = partial(_move, folder, target)
+                mend = partial(move, folder, target)
                 yield Fault(None, "folder", what, f"move it to {ORPHANS}/", mend)
 
     # --- what the parts need ----------------------------------------------------------------
 
     def _read_entry(self, number: int) -> Entry | None:
         folder = trial_folder(self._study_dir, number)
-        return _entry_or_none(folder)
+        return entry_or_none(folder)
 
     def _some_entry(self) -> Entry | None:
         """Any trial's: workers are the same for all of a study as a rule."""
-        found = (_entry_or_none(folder) for folder in folders_with_entries(self._study_dir))
+        found = (entry_or_none(folder) for folder in folders_with_entries(self._study_dir))
         return next((entry for entry in found if entry is not None), None)
 
     def _places(self) -> dict[str, Any]:
@@ -412,103 +424,3 @@ class OutboxTracker:
 
     def close(self, grace_seconds: float = 10.0) -> None:
         pass
-
-
-def _is_due(trial: FrozenTrial, name: str) -> bool:
-    """Whether a trial that ended so has a file of this name."""
-    attrs = trial.user_attrs
-    if name == "result.json":
-        return "steps" in attrs
-    ran = attrs.get("verdict") != REJECTED and "duplicate_of" not in attrs
-    if name == "metrics.jsonl":
-        return ran
-    if name == "artifact.bin":
-        return ran and "bytes_total" in attrs
-    return True
-
-
-def _is_entry(trial: FrozenTrial, data: bytes) -> bool:
-    try:
-        entry = Entry(**json.loads(data))
-    except (ValueError, TypeError):
-        return False
-    return entry.number == trial.number and entry.state == trial.state.name
-
-
-def _are_verdicts(trial: FrozenTrial, data: bytes) -> bool:
-    """Whether verdicts give the constraints that the storage has."""
-    try:
-        verdicts = [Verdict(**row) for row in json.loads(data)]
-    except (ValueError, TypeError):
-        return False
-    if trial.state == TrialState.FAIL:
-        return True
-    stored = {name: value for name, value in trial.constraints.items() if not name.isdigit()}
-    return stored == {verdict.name: verdict.excess for verdict in deciding(verdicts)}
-
-
-def _is_result(trial: FrozenTrial, data: bytes) -> bool:
-    try:
-        result = TrainResult.model_validate_json(data)
-    except ValueError:
-        return False
-    steps = trial.user_attrs.get("steps")
-    if steps is not None and result.steps != steps:
-        return False
-    return trial.state != TrialState.COMPLETE or result.val_bpb == trial.value
-
-
-def _is_artifact(files: TrialFolder, data: bytes) -> bool:
-    result = _read_json(files.result)
-    size = result.get("bytes_model") if isinstance(result, dict) else None
-    return size is None or len(data) == size
-
-
-def _is_row(trial: FrozenTrial, row: Mapping[str, Any]) -> bool:
-    digest = trial.user_attrs.get("digest")
-    return row["state"] == trial.state.name and row["digest"] == (digest or row["digest"])
-
-
-def _is_json(data: bytes) -> bool:
-    try:
-        json.loads(data)
-    except ValueError:
-        return False
-    return True
-
-
-def _read_json(path: Path) -> Any:
-    """What a file holds; None where it is missing or broken."""
-    try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return None
-
-
-def _entry_or_none(folder: Path) -> Entry | None:
-    try:
-        return read_entry(folder)
-    except (ValueError, TypeError):
-        return None
-
-
-def _as_json(value: Any) -> bytes:
-    """As service.trial.write_json writes it."""
-    return (json.dumps(value, indent=2) + "\n").encode()
-
-
-def _put(path: Path, data: bytes) -> None:
-    """Write a file whole; one that is there and cannot be read is kept as NAME.broken."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists() and path.name != TRIALS_FILE:
-        path.replace(path.with_name(path.name + ".broken"))
-    partial_file = path.with_name(path.name + ".partial")
-    partial_file.write_bytes(data)
-    partial_file.replace(path)
-
-
-def _move(folder: Path, target: Path) -> None:
-    target.parent.mkdir(exist_ok=True)
-    while target.exists():
-        target = target.with_name(target.name + "-again")
-    folder.replace(target)

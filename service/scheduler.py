@@ -115,12 +115,7 @@ class Scheduler:
         clock: Callable[[], float] | None = None,
     ) -> None:
         track = track or TRACKS[space.track]
-        if runner.total_slots(demand) < 1:
-            raise RunnerError(
-                f"a trial of {demand.workers} workers with {demand.cpus_per_worker:g} CPUs and "
-                f"{demand.gpus_per_worker:g} GPUs each never fits here; lower --workers-per-trial "
-                "or --gpus-per-worker, or add nodes"
-            )
+        _refuse_unless_it_fits(runner, demand)
         self._study = study
         self._space = space
         self._runner = runner
@@ -168,10 +163,14 @@ class Scheduler:
         self._remembered: set[int] = set()
         """Trials told by earlier drivers that this one has taken in."""
         self._is_ousted = False
-        forget_stop(study)
-        study.set_user_attr("num_trials", num_trials)
-        study.set_user_attr("unit", "GPU-seconds" if demand.gpus_per_worker else "worker-seconds")
-        study.set_user_attr("ending", None)
+        self._announce()
+
+    def _announce(self) -> None:
+        """Say in the study what this sweep is about to do."""
+        forget_stop(self._study)
+        unit = "GPU-seconds" if self._demand.gpus_per_worker else "worker-seconds"
+        for name, value in (("num_trials", self._num_trials), ("unit", unit), ("ending", None)):
+            self._study.set_user_attr(name, value)
 
     def step(self) -> bool:
         """One turn: never waits for a trial. Call it a few times a second.
@@ -521,6 +520,15 @@ class Scheduler:
         rows += [run.row("retrying") for run in self._ready]
         rows += [run.row("waiting") for run, _ in self._parked.values()]
         return sorted(rows, key=lambda row: row.number)
+
+
+def _refuse_unless_it_fits(runner: Runner, demand: Demand) -> None:
+    if runner.total_slots(demand) < 1:
+        raise RunnerError(
+            f"a trial of {demand.workers} workers with {demand.cpus_per_worker:g} CPUs and "
+            f"{demand.gpus_per_worker:g} GPUs each never fits here; lower --workers-per-trial "
+            "or --gpus-per-worker, or add nodes"
+        )
 
 
 def _budget_overrides(budget: BudgetConfig) -> dict[str, Any]:

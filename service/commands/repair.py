@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from service.commands.looking import OutOption, StorageOption, StudyArgument, TrackingOption
-from service.commands.study_files import artifact_root, study_dir, tracking_uri
+from service.commands.study_files import artifact_root, dashboard_page, study_dir, tracking_uri
 from service.commands.terminal import JsonFlag, make_table, output, print_json, say, warn
 from service.config import ServiceSettings, load_settings, mask_passwords
 
@@ -47,7 +47,7 @@ def repair(
     settings = load_settings({"storage": storage, "out": out, "tracking_uri": tracking})
     folder = study_dir(settings, study)
     with _undriven(study, settings, apply) as opened:
-        mlflow = _mlflow(study, folder, settings, quick, apply)
+        mlflow = _mlflow(opened, folder, settings, quick, apply)
         fetch = None if mlflow is None else mlflow.copy_of
         track = opened.user_attrs.get("track", "")
         parts = StudyRepair(opened, folder, track, time.time, fetch, apply)
@@ -83,7 +83,7 @@ def _undriven(study: str, settings: ServiceSettings, apply: bool) -> Iterator[op
 
 
 def _mlflow(
-    study: str, folder: Path, settings: ServiceSettings, quick: bool, apply: bool
+    study: optuna.Study, folder: Path, settings: ServiceSettings, quick: bool, apply: bool
 ) -> MlflowRepair | None:
     """The study's mirror; None, and a warning, when it cannot be looked at."""
     from service.tracking.mlflow_tracker import quiet_mlflow, study_id
@@ -107,7 +107,8 @@ def _mlflow(
                 known = found or "not sent yet"
         else:
             known = study_id(folder)
-        mirror = MlflowMirror(uri, study, known, artifact_root(settings))
+        page = dashboard_page(settings, study)
+        mirror = MlflowMirror(uri, study.study_name, known, artifact_root(settings), page)
         repair = MlflowRepair(mirror, quick)
         repair.connect()
     except Exception as error:  # whatever the client raises

@@ -28,9 +28,9 @@ from service.verify.folder import (
     shown,
 )
 from service.verify.sandbox import Limits, prove
-from trainer.code import packed_code
 from trainer.config import TrainConfig
 from trainer.errors import ArtifactError, ConfigError
+from trainer.flatten.program import script
 from trainer.legality import illegal_in_use
 
 DECODE = Limits(seconds=300.0, memory_bytes=8 << 30, data_bytes=8 << 30)
@@ -250,7 +250,7 @@ class Model:
         if self.folder.code is None:
             raise UnreadableError(f"there is no {CODE_FILE} in the folder")
         program = self.folder.read(CODE_FILE, MAX_CODE_BYTES)
-        if not self.means.run_code and not _is_known(program, config):
+        if not self.means.run_code and not is_packaged(program, config):
             raise UnreadableError(
                 f"{CODE_FILE} is not what this version packs for these settings; if you trust it, "
                 "give --run-code to run it"
@@ -267,10 +267,12 @@ def same_hardware(recorded: object, device: str) -> bool:
     return "cpu" in text and str(describe_hardware()["cpu"]).lower() in text
 
 
-def _is_known(program: bytes, config: TrainConfig) -> bool:
+def is_packaged(program: bytes, config: TrainConfig) -> bool:
+    """Whether it is what `caddie package` writes for these settings: the script, whichever code
+    compress.code counts."""
     try:
-        return program == packed_code(config)
-    except ArtifactError:
+        return program == script(config)
+    except (ArtifactError, ConfigError):
         return False
 
 

@@ -45,6 +45,7 @@ def environment() -> Iterator[dict[str, str]]:
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
         "PATH": f"{BIN}:{os.environ['PATH']}",
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_ADDRESS": f"http://127.0.0.1:{dashboard}",
@@ -53,7 +54,8 @@ def environment() -> Iterator[dict[str, str]]:
     folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # short: it holds sockets
     ports = ["--port", free_port(), "--dashboard-port", dashboard]
     ports += ["--dashboard-agent-listen-port", free_port(), "--ray-client-server-port", free_port()]
-    start = ["ray", "start", "--head", "--block", "--dashboard-host", "127.0.0.1", *map(str, ports)]
+    loopback = ["--node-ip-address", "127.0.0.1", "--dashboard-host", "127.0.0.1"]
+    start = ["ray", "start", "--head", "--block", *loopback, *map(str, ports)]
     start += ["--num-cpus", "2", "--object-store-memory", str(200 * 2**20), "--temp-dir", folder]
     without_address = {k: v for k, v in environment.items() if k != "RAY_ADDRESS"}
     head = subprocess.Popen(

@@ -16,12 +16,14 @@ import pytest
 from service.cli import main
 from service.provenance import describe_hardware
 from service.runners.processes import name_of
-from service.verify.model_checks import same_hardware
+from service.verify.model_checks import is_packaged, same_hardware
 from service.verify.sandbox import Limits, Outcome, prove
 from tests.service_tests.submission_folder import make_submission, write_record
 from tests.trainer_tests.test_loop import configure, data_dir  # noqa: F401
 from trainer import artifact
 from trainer.config import TrainConfig
+from trainer.flatten.program import script
+from trainer.recipes import RECIPES
 
 Change = Callable[[dict[str, Any]], None]
 Report = dict[str, Any]
@@ -153,6 +155,14 @@ def test_the_same_hardware_is_known_by_its_name() -> None:
     assert same_hardware("8xH100 80GB SXM", "NVIDIA H100 80GB HBM3")
     assert not same_hardware("8xH100 80GB SXM", "NVIDIA H200")
     assert not same_hardware("cpu", "cpu") and not same_hardware(None, "cpu")
+
+
+def test_the_script_is_known_though_modules_are_what_counts() -> None:
+    tiny = RECIPES["tiny"].build()
+    program = script(tiny)
+    assert tiny.compress.code == "modules" and is_packaged(program, tiny)
+    assert not is_packaged(program + b"#", tiny)
+    assert not is_packaged(program, tiny.with_overrides({"runtime.loss_kernel": "fused"}))
 
 
 def test_without_data_it_says_what_could_not_be_checked(

@@ -8,6 +8,14 @@ from pydantic import Field, model_validator
 
 from trainer.config.base import PositiveFloat, PositiveInt, Settings, raise_together
 from trainer.config.iha import faults_of_iha, iha_layers, pseudo_window
+from trainer.config.model_faults import (
+    faults_of_layers,
+    faults_of_loops,
+    faults_of_parallel,
+    faults_of_recurrence,
+    faults_of_slowrun_parts,
+    faults_of_techniques,
+)
 from trainer.config.recurrence import Place, count_skips, visit_order
 from trainer.config.window_stages import (
     WindowStage,
@@ -279,277 +287,14 @@ class ModelConfig(Settings):
                 f"model.num_kv_heads = {self.num_kv_heads} does not divide model.num_heads = "
                 f"{self.num_heads}; choose a divisor"
             )
-        faults += self._faults_of_layers() + self._faults_of_techniques() + self._faults_of_loops()
-        faults += self._faults_of_recurrence() + self._faults_of_parallel()
-        faults += self._faults_of_slowrun_parts()
+        faults += faults_of_layers(self) + faults_of_techniques(self) + faults_of_loops(self)
+        faults += faults_of_recurrence(self) + faults_of_parallel(self)
+        faults += faults_of_slowrun_parts(self)
         faults += faults_of_iha(self) if self.iha != "off" else []
         faults += faults_of_window_stages(self) if self.window_stages else []
         return raise_together(self, faults)
 
-    def _faults_of_layers(self) -> list[str]:
-        faults = []
-        for switch, name, pattern in (
-            (self.window, "window", self.window_layers),
-            (self.value_embed_dim, "value_embed_dim", self.value_embed_layers),
-        ):
-            owner = "window" if name == "window" else "value_embed"
-            if bool(switch) != bool(pattern):
-                faults.append(
-                    f"model.{name} = {switch} and model.{owner}_layers = {pattern!r}: one is "
-                    "nothing without the other; set both, or neither"
-                )
-            try:
-                select_layers(pattern, self.num_layers)
-            except ValueError as error:
-                faults.append(f"model.{owner}_layers = {pattern!r}: {error}")
-        for name in (
-            "recur_untied_mlp",
-            "no_attention_layers",
-            "value_proj_layers",
-            "key_offset_layers",
-        ):
-            try:
-                select_layers(getattr(self, name), self.num_layers)
-            except ValueError as error:
-                faults.append(f"model.{name} = {getattr(self, name)!r}: {error}")
-        if self.backout_layer > max(-1, self.num_layers - 2):
-            faults.append(
-                f"model.backout_layer = {self.backout_layer} is no layer before the last, whose "
-                f"output would only be scaled; choose from 0 to {self.num_layers - 2}, or -1 for "
-                "none"
-            )
-        if self.xsa_last_n > self.num_layers:
-            faults.append(
-                f"model.xsa_last_n = {self.xsa_last_n} is above model.num_layers = "
-                f"{self.num_layers}; lower it"
-            )
-        return faults
-
-    def _faults_of_techniques(self) -> list[str]:
-        faults = []
-        width = self.rotary_width
-        if self.diff_attention != "off" and self.head_dim % 4:
-            faults.append(
-                f'model.diff_attention = "{self.diff_attention}" rotates half heads, but '
-                f"model.model_dim / model.num_heads = {self.head_dim} is no multiple of 4; "
-                "change model.num_heads"
-            )
-        if self.rope_dims % 2 or self.rope_dims > width:
-            faults.append(
-                f"model.rope_dims = {self.rope_dims} is not an even number from 0 to {width}, the "
-                "width that rotates; change it"
-            )
-        if self.rope_ntk_len and self.rotated_dims < 4:
-            faults.append(
-                f"model.rope_ntk_len = {self.rope_ntk_len} needs at least 4 rotated dimensions, "
-                f"but {self.rotated_dims} rotate; raise model.rope_dims or set 0"
-            )
-        if self.max_doc_len and not self.document_attention:
-            faults.append(
-                f"model.max_doc_len = {self.max_doc_len} cuts nothing while "
-                "model.document_attention = false; switch that on, or set 0"
-            )
-        if self.bigram_buckets == 1:
-            faults.append(
-                "model.bigram_buckets = 1 leaves no bucket for a pair; set 2 or more, or 0"
-            )
-        if self.smear == "token" and self.smear_gate_dim > self.model_dim:
-            faults.append(
-                f"model.smear_gate_dim = {self.smear_gate_dim} is above model.model_dim = "
-                f"{self.model_dim}; lower it"
-            )
-        return faults
-
-    def _faults_of_loops(self) -> list[str]:
-        if self.num_loops == 1:
-            needless = f"model.lora_rank = {self.lora_rank} tells visits apart, but "
-            remedy = "model.num_loops = 1; raise model.num_loops or set model.lora_rank = 0"
-            return [needless + remedy] if self.lora_rank else []
-        switches: dict[str, tuple[object, object]] = {
-            "gated_skips": (self.gated_skips, False),
-            "backout_layer": (self.backout_layer, -1),
-            "resid_lambda_init": (self.resid_lambda_init, 0.0),
-            "value_residual": (self.value_residual, "off"),
-            "diff_attention": (self.diff_attention, "off"),
-            "recur_visits": (self.recur_visits, 1),
-            "parallel": (self.parallel, "off"),
-            "layer_scale": (self.layer_scale, False),
-            "attn_gate": (self.attn_gate, "off"),
-            "mlp_kind": (self.mlp_kind, "squared"),
-            "out_init": (self.out_init, "zeros"),
-            "resid_mix": (self.resid_mix, "channel"),
-            "branch_scales": (self.branch_scales, "channel"),
-            "qk_gain": (self.qk_gain, "learned"),
-            "value_proj_layers": (self.value_proj_layers, ""),
-            "xsa_strength": (self.xsa_strength, "full"),
-            "attn_dropout": (self.attn_dropout, 0.0),
-            "mlp_dropout": (self.mlp_dropout, 0.0),
-            "stoch_depth": (self.stoch_depth, 0.0),
-            "mtp_weight": (self.mtp_weight, 0.0),
-            "num_passes": (self.num_passes, 1),
-            "no_attention_layers": (self.no_attention_layers, ""),
-        }
-        return [
-            f"model.{name} = {value!r} is not defined for blocks that are visited "
-            f"model.num_loops = {self.num_loops} times; set model.{name} = {off!r} or "
-            "model.num_loops = 1"
-            for name, (value, off) in switches.items()
-            if value != off
-        ]
-
-    def _faults_of_recurrence(self) -> list[str]:
-        if self.recur_visits == 1:
-            switches = {
-                "recur_blend": (self.recur_blend, "off"),
-                "recur_lora_rank": (self.recur_lora_rank, 0),
-                "recur_untied_mlp": (self.recur_untied_mlp, ""),
-            }
-            return [
-                f"model.{name} = {value!r} is about repeat visits, but model.recur_visits = 1; "
-                f"raise it or set model.{name} = {off!r}"
-                for name, (value, off) in switches.items()
-                if value != off
-            ]
-        if not self.recur_first <= self.recur_last < self.num_layers:
-            return [
-                f"model.recur_first = {self.recur_first} and model.recur_last = {self.recur_last} "
-                f"are no range of blocks from 0 to {self.num_layers - 1}; change them, or set "
-                "model.recur_visits = 1"
-            ]
-        strange = {layer for layer in self._layers("recur_untied_mlp") if not self.recurs(layer)}
-        return [
-            f"model.recur_untied_mlp = {self.recur_untied_mlp!r} names layer {layer}, which does "
-            f"not recur; choose from {self.recur_first} to {self.recur_last}"
-            for layer in sorted(strange)
-        ]
-
-    def _faults_of_slowrun_parts(self) -> list[str]:
-        faults = []
-        if self.padded_vocab and self.padded_vocab < self.vocab_size:
-            faults.append(
-                f"model.padded_vocab = {self.padded_vocab} is below model.vocab_size = "
-                f"{self.vocab_size}; raise it, or set 0"
-            )
-        if self.head_init_std and self.tie_embeddings:
-            faults.append(
-                f"model.head_init_std = {self.head_init_std:g} is about a head of its own; set "
-                "model.tie_embeddings = false, or 0"
-            )
-        if self.value_proj_layers and self.value_proj_gate_dim > self.model_dim:
-            faults.append(
-                f"model.value_proj_gate_dim = {self.value_proj_gate_dim} is above model.model_dim "
-                f"= {self.model_dim}; lower it"
-            )
-        if self.xsa_strength == "learned" and not self.xsa_last_n:
-            faults.append(
-                'model.xsa_strength = "learned" has no layer while model.xsa_last_n = 0; raise it, '
-                'or set model.xsa_strength = "full"'
-            )
-        if self.mlp_kind == "swiglu" and self.leaky_slope:
-            faults.append(
-                f'model.leaky_slope = {self.leaky_slope:g} bends no model.mlp_kind = "swiglu"; set '
-                "0"
-            )
-        if self.mlp_kind == "swiglu" and self.recur_lora_rank:
-            faults.append(
-                f"model.recur_lora_rank = {self.recur_lora_rank} has no adapter for the third "
-                'matrix of model.mlp_kind = "swiglu"; set 0'
-            )
-        if self.branch_scales == "none" and (self.layer_scale or self.layer_scale_init != 1):
-            faults.append(
-                'model.branch_scales = "none" leaves nothing for model.layer_scale = '
-                f"{self.layer_scale} and model.layer_scale_init = {self.layer_scale_init:g}; set "
-                "false and 1"
-            )
-        if self.qk_gain == "off" and self.diff_attention != "off":
-            faults.append(
-                f'model.qk_gain = "off" is not defined for model.diff_attention = '
-                f'"{self.diff_attention}"; set one of them back'
-            )
-        is_early = self.recur_visits > 1 and self.recur_first < self.num_layers // 2
-        if self.num_passes > 1 and self.recur_visits > 1:
-            faults.append(
-                f"model.num_passes = {self.num_passes} and model.recur_visits = "
-                f"{self.recur_visits} would both follow schedule.recur_start; set one to 1"
-            )
-        if self.stoch_depth and (self.parallel == "lanes" or self.num_layers == 1):
-            faults.append(
-                f"model.stoch_depth = {self.stoch_depth:g} needs two blocks of one stream; set 0, "
-                'or raise model.num_layers and set model.parallel = "off"'
-            )
-        if self.half_rope and (self.rotary_width % 4 or self.rope_dims or self.rope_ntk_len):
-            faults.append(
-                "model.half_rope = true needs heads of a multiple of 4 dimensions, model.rope_dims "
-                "= 0 and model.rope_ntk_len = 0; change them, or set false"
-            )
-        if self.key_offset_layers and (self.document_attention or self.diff_attention != "off"):
-            faults.append(
-                f"model.key_offset_layers = {self.key_offset_layers!r} moves keys across the "
-                "start of a document and knows one map: set model.document_attention = false and "
-                'model.diff_attention = "off"'
-            )
-        if self.recur_skips == "layers" and is_early:
-            faults.append(
-                f'model.recur_skips = "layers" needs blocks of the second half, but '
-                f"model.recur_first = {self.recur_first}; raise it to {self.num_layers // 2}"
-            )
-        return faults
-
-    def _faults_of_parallel(self) -> list[str]:
-        faults = []
-        if self.parallel != "off" and self.parallel_start >= self.num_layers:
-            faults.append(
-                f"model.parallel_start = {self.parallel_start} is no block from 0 to "
-                f'{self.num_layers - 1}; lower it, or set model.parallel = "off"'
-            )
-        if self.parallel != "off" and self.resid_lambda_init:
-            faults.append(
-                f"model.resid_lambda_init = {self.resid_lambda_init:g} is not defined for "
-                f'model.parallel = "{self.parallel}"; set one of them off'
-            )
-        if self.parallel == "lanes" and self.backout_layer >= self.parallel_start:
-            faults.append(
-                f"model.backout_layer = {self.backout_layer} has two lanes, which begin at "
-                f"model.parallel_start = {self.parallel_start}; choose an earlier block"
-            )
-        recurs_to = self.recur_last if self.recur_visits > 1 else -1
-        if self.parallel == "lanes" and recurs_to >= self.parallel_start:
-            faults.append(
-                f"model.recur_last = {self.recur_last} would recur in two lanes, which begin at "
-                f"model.parallel_start = {self.parallel_start}; lower it, or set model.parallel = "
-                '"joint"'
-            )
-        if self.attn_gate in ("window", "sparse") and self.attn_gate_dim > self.model_dim:
-            faults.append(
-                f"model.attn_gate_dim = {self.attn_gate_dim} is above model.model_dim = "
-                f"{self.model_dim}; lower it"
-            )
-        return faults + self._faults_of_missing_attention()
-
-    def _faults_of_missing_attention(self) -> list[str]:
-        missing = self._layers("no_attention_layers")
-        faults = []
-        if 0 in missing and self.value_residual != "off":
-            faults.append(
-                f'model.value_residual = "{self.value_residual}" mixes in the values of layer 0, '
-                f"which model.no_attention_layers = {self.no_attention_layers!r} takes away; set "
-                'model.value_residual = "off"'
-            )
-        if self.parallel == "lanes" and any(self.is_parallel(layer) for layer in missing):
-            faults.append(
-                f"model.no_attention_layers = {self.no_attention_layers!r} has a layer in two "
-                f"lanes, which begin at model.parallel_start = {self.parallel_start} and of which "
-                "one is attention's; name earlier layers"
-            )
-        if any(layer in missing for layer in self._layers("value_embed_layers")):
-            faults.append(
-                f"model.value_embed_layers = {self.value_embed_layers!r} and "
-                f"model.no_attention_layers = {self.no_attention_layers!r} share a layer, which "
-                "has no values; name it in one of them"
-            )
-        return faults
-
-    def _layers(self, name: str) -> tuple[int, ...]:
+    def layers_of(self, name: str) -> tuple[int, ...]:
         """Layers of a setting; none where the setting is at fault."""
         try:
             return select_layers(getattr(self, name), self.num_layers)
@@ -604,15 +349,15 @@ class ModelConfig(Settings):
 
     def unties_mlp(self, layer: int) -> bool:
         """Whether the repeats of a block have MLPs of their own."""
-        return self.recurs(layer) and layer in self._layers("recur_untied_mlp")
+        return self.recurs(layer) and layer in self.layers_of("recur_untied_mlp")
 
     def attends(self, layer: int) -> bool:
         """Whether a block has attention."""
-        return layer not in self._layers("no_attention_layers")
+        return layer not in self.layers_of("no_attention_layers")
 
     def projects_values(self, layer: int) -> bool:
         """Whether a projection of the embedding joins this layer's values."""
-        return self.attends(layer) and layer in self._layers("value_proj_layers")
+        return self.attends(layer) and layer in self.layers_of("value_proj_layers")
 
     def excludes(self, layer: int) -> bool:
         """Whether a layer's attention output loses its part along the token's own value."""
@@ -620,7 +365,7 @@ class ModelConfig(Settings):
 
     def offsets_keys(self, layer: int) -> bool:
         """Whether a layer's keys have their second half from the token before."""
-        return layer in self._layers("key_offset_layers")
+        return layer in self.layers_of("key_offset_layers")
 
     @property
     def is_noisy(self) -> bool:

@@ -211,8 +211,9 @@ class TrainLoader:
         return self._piece(place, Share(0, lane.num_rows, micro_rows), divisor)
 
     def _piece(self, place: LanePlace, share: Share, divisor: float) -> _Piece:
-        orders = {**ROW_ORDERS, "shuffled_documents": shuffled_documents_order}
-        order = orders[self._loader](self._stream.shards, place)
+        is_shuffled = self._loader == "shuffled_documents"
+        make_order = shuffled_documents_order if is_shuffled else ROW_ORDERS[self._loader]
+        order = make_order(self._stream.shards, place)
         return _Piece(order, place.lane.seq_len, share, self._loader in CONTIGUOUS, divisor)
 
     @property

@@ -7,14 +7,17 @@ small copies of the recipes. Loads without torch.
 from __future__ import annotations
 
 import ast
+import fnmatch
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from pydantic import BaseModel
 
+from trainer.account import parameter_table
 from trainer.config import TrainConfig
 from trainer.config.row_schedule import row_stages
-from trainer.flatten.fold import Facts, literal
+from trainer.flatten.fold import Facts
+from trainer.flatten.syntax import literal
 from trainer.layer_pattern import select_layers
 from trainer.legality import illegal_in_use
 from trainer.mix import lanes_of
@@ -45,8 +48,8 @@ def facts_of(config: TrainConfig, tree: ast.Module) -> Facts:
             value = _literal_of(getattr(settings, field))
             if value is not None and field not in open_names and (name, field) not in OPEN:
                 fields[name, field] = value
-    layers = config.model._layers
-    methods = {("ModelConfig", "_layers"): layers}
+    layers = config.model.layers_of
+    methods = {("ModelConfig", "layers_of"): layers}
     return Facts(fields, _FUNCTIONS, methods, *_constant_names(config), objects)
 
 
@@ -123,7 +126,7 @@ def kept_keys(config: TrainConfig) -> dict[str, set[str]]:
             backends.add("flex")
     elif config.runtime.attention == "fastest":
         backends = {"sdpa", "cudnn", "flex", "flash4"}
-    return {
+    return _schemes(config) | {
         "ATTENTION": backends,
         "AUTO": backends,
         "AVERAGES": {config.average.kind},
@@ -134,22 +137,79 @@ def kept_keys(config: TrainConfig) -> dict[str, set[str]]:
     }
 
 
+def _schemes(config: TrainConfig) -> dict[str, set[str]]:
+    """The ways in which tensors of this run's model are stored; nothing where the packer may choose
+    any."""
+    if not _stores_plainly(config):
+        return {}
+    own, layers = config.quantize, config.model.num_layers
+    bits = {own.bits_of(name, layers) for name in parameter_table(config.model)}
+    bits |= {8} if own.gate_bits else set()
+    flat = {"flat8"} if own.control_bits else set()
+    kept = {f"int{number}" for number in bits} | flat | {"float16", "float32", "int64"}
+    return {"SCHEMES": kept}
+
+
+def _stores_plainly(config: TrainConfig) -> bool:
+    """Whether names of schemes say no more than an entry of the table and how scales are kept."""
+    own = config.quantize
+    return own.allocate == "off" and own.low_rank == "off" and not own.awq_groups
+
+
+_ROWS = {"StoreRule", "ParamRule", "scalar", "table"}
+"""What makes a row of a table by patterns of names; the pattern comes first."""
+
+
+def without_idle_rows(tree: ast.Module, config: TrainConfig) -> ast.Module:
+    """Tables of patterns without the rows that match nothing in this run's model."""
+    names = list(parameter_table(config.model))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Tuple):
+            node.elts = [row for row in node.elts if not _is_idle(row, names)]
+    return tree
+
+
+def _is_idle(row: ast.expr, names: list[str]) -> bool:
+    if not (isinstance(row, ast.Call) and isinstance(row.func, ast.Name) and row.args):
+        return False
+    pattern = row.args[0]
+    if row.func.id not in _ROWS or not isinstance(pattern, ast.Constant):
+        return False
+    return not any(fnmatch.fnmatchcase(name, str(pattern.value)) for name in names)
+
+
 def stand_ins(config: TrainConfig) -> dict[str, str]:
     """Module or definition -> what it is in the script."""
     fixed = config.with_overrides({"data.dir": "", "source.artifact": ""})
     plain = fixed.with_overrides({"runtime.seed": 1337}).text_without_places()
     other = fixed.with_overrides({"runtime.seed": _SEED}).text_without_places()
     before, after = other.split(str(_SEED))
-    return _STAND_INS | {
-        "trainer.config.train.TrainConfig.text_without_places": (
-            "def text_without_places(self):\n"
-            " seed = self.runtime.seed\n"
-            f" return {plain!r} if seed == 1337 else {before!r} + str(seed) + {after!r}\n"
-        ),
-    }
+    find = _STEPPED_SCHEME if config.quantize.scale_bits == 8 else _PLAIN_SCHEME
+    named = {"trainer.quantize.schemes.find_scheme": find}
+    return (
+        _STAND_INS
+        | (named if _stores_plainly(config) else {})
+        | {
+            "trainer.config.train.TrainConfig.text_without_places": (
+                "def text_without_places(self):\n"
+                " seed = self.runtime.seed\n"
+                f" return {plain!r} if seed == 1337 else {before!r} + str(seed) + {after!r}\n"
+            ),
+        }
+    )
 
 
 _SEED = 987654321
+_PLAIN_SCHEME = """
+def find_scheme(name) -> Scheme | None:
+    return SCHEMES[name]
+"""
+_STEPPED_SCHEME = """
+from dataclasses import replace
+def find_scheme(name) -> Scheme | None:
+    base, _, step = name.partition("+")
+    return replace(SCHEMES[base], has_step=True) if step else SCHEMES[base]
+"""
 _STAND_INS = {
     "trainer.config.base": """
 import copy
@@ -188,7 +248,7 @@ def current_manifest(folder, shards, tokenizer, vocab_size, val_bytes=()) -> Man
 """,
     "trainer.artifact._Header": "_Header = None",
     "trainer.artifact._read_header": """
-def _read_header(packed_header, text_size):
+def _read_header(packed_header, text_size) -> tuple[None, TrainConfig]:
     text = CODECS["brotli"].decompress(packed_header, text_size)
     return type("", (), json.loads(text)), TrainConfig()
 """,

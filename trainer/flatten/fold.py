@@ -9,10 +9,36 @@ import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from trainer.flatten.bodies import simplified
+from trainer.flatten.constants import Literal, constant_functions
 from trainer.flatten.infer import Env, Types
-from trainer.flatten.scopes import FUNCTIONS, Function, ScopedTransformer, arguments_of, bound_names
+from trainer.flatten.objects import Objects, by_name, fields_of, given, is_data
+from trainer.flatten.scopes import (
+    FUNCTIONS,
+    Comprehension,
+    Function,
+    ScopedTransformer,
+    arguments_of,
+    bound_names,
+)
+from trainer.flatten.syntax import (
+    is_constant,
+    is_empty,
+    is_none,
+    is_nothing,
+    is_nothing_in,
+    is_property,
+    is_pure,
+    is_something,
+    is_sorted,
+    is_table,
+    literal,
+    returned_literal,
+    spread,
+    truth_of,
+    value_of,
+)
 
-Literal = str | int | float | bool | bytes | None
 _OPERATORS: dict[type[ast.AST], Callable[..., Any]] = {
     ast.Eq: operator.eq,
     ast.NotEq: operator.ne,
@@ -38,7 +64,6 @@ _BUILTINS: dict[str, Callable[..., Any]] = {
     function.__name__: function
     for function in (abs, bool, float, int, len, max, min, round, str, sorted, tuple)
 }
-_QUIET_CALLS = {"isinstance", "len", "getattr", "bool", "int", "float", "set", "tuple", "dict"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,149 +94,26 @@ def folded(tree: ast.Module, facts: Facts) -> ast.Module:
     return ast.fix_missing_locations(tree)
 
 
-def is_constant(node: ast.AST | None) -> bool:
-    return isinstance(node, ast.Constant) and node.value is not ...
-
-
-def is_pure(node: ast.AST | None) -> bool:
-    """Whether an expression can be left out: it has no effect and does not fail."""
-    if node is None or isinstance(node, (ast.Constant, ast.Name, ast.Lambda)):
-        return True
-    if isinstance(node, ast.Call):
-        is_quiet = isinstance(node.func, ast.Name) and node.func.id in _QUIET_CALLS
-        return is_quiet and all(map(is_pure, node.args))
-    if isinstance(node, (ast.Attribute, ast.Starred)):
-        return is_pure(node.value)
-    kinds = ast.BoolOp | ast.UnaryOp | ast.BinOp | ast.Compare | ast.IfExp | ast.Tuple | ast.List
-    if isinstance(node, kinds | ast.Subscript | ast.Slice | ast.Dict | ast.Set):
-        parts = [child for child in ast.iter_child_nodes(node) if isinstance(child, ast.expr)]
-        return all(map(is_pure, parts))
-    return False
-
-
-def value_of(node: ast.AST) -> Any:
-    """The value of a literal, tuples, lists, sets and dictionaries included. Raises ValueError."""
-    if isinstance(node, ast.expr) and not isinstance(node, ast.JoinedStr):
-        return ast.literal_eval(node)
-    raise ValueError
-
-
-def literal(value: Any) -> ast.expr | None:
-    """The syntax of a plain value; None for others."""
-    try:
-        return ast.parse(_written(value), mode="eval").body
-    except TypeError:
-        return None
-
-
-def _written(value: Any) -> str:
-    """As `repr`, for plain values only; objects of data classes as calls. Raises TypeError."""
-    if isinstance(value, (str, int, float, bool, bytes, type(None))):
-        return repr(value)
-    if type(value) in (tuple, list, set):
-        before, after = ("(", ")") if isinstance(value, tuple) else ("[", "]")
-        before, after = ("{", "}") if isinstance(value, set) else (before, after)
-        return before + "".join(f"{_written(v)}," for v in value) + after
-    if type(value) is dict:
-        return "{" + "".join(f"{_written(k)}:{_written(v)}," for k, v in value.items()) + "}"
-    names = getattr(value, "_fields", None)
-    if names is None and dataclasses.is_dataclass(value):
-        names = [field.name for field in dataclasses.fields(value)]
-    if names is None:
-        raise TypeError
-    parts = ",".join(_written(getattr(value, name)) for name in names)
-    return f"{type(value).__name__}({parts})"
-
-
-def constant_functions(tree: ast.Module) -> dict[str, ast.expr]:
-    """Functions at the top that do nothing but return a literal."""
-    return {
-        node.name: returned
-        for node in tree.body
-        if isinstance(node, ast.FunctionDef)
-        and not node.decorator_list
-        and (returned := returned_literal(node)) is not None
-    }
-
-
-def returned_literal(function: ast.FunctionDef) -> ast.expr | None:
-    body = [statement for statement in function.body if not isinstance(statement, ast.Pass)]
-    if not body:
-        return ast.Constant(None)
-    if len(body) == 1 and isinstance(body[0], ast.Return):
-        value = body[0].value or ast.Constant(None)
-        try:
-            value_of(value)
-        except (ValueError, TypeError, SyntaxError, RecursionError):
-            return None
-        return value
-    return None
-
-
-def constant_attributes(tree: ast.Module, taken: set[str]) -> dict[str, Literal]:
-    """Attributes that objects of this code set themselves, always to one and the same constant."""
-    values: dict[str, set[tuple[type, Literal]]] = {}
-    strange: set[str] = set(taken)
-    own: set[str] = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ClassDef):
-            strange |= {
-                target
-                for statement in node.body
-                for target in _declared(statement, bool(node.decorator_list or node.bases))
-            }
-        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            for target in targets:
-                if not isinstance(target, ast.Attribute):
-                    strange |= _stored(target)
-                elif isinstance(node.value, ast.Constant):
-                    constant: Any = (type(node.value.value), node.value.value)
-                    values.setdefault(target.attr, set()).add(constant)
-                    if isinstance(target.value, ast.Name) and target.value.id == "self":
-                        own.add(target.attr)
-                else:
-                    strange.add(target.attr)
-        elif isinstance(node, (ast.AugAssign, ast.For, ast.comprehension)):
-            strange |= _stored(node.target)
-        elif isinstance(node, ast.withitem) and node.optional_vars is not None:
-            strange |= _stored(node.optional_vars)
-    return {
-        name: next(iter(found))[1]
-        for name, found in values.items()
-        if len(found) == 1 and name in own and name not in strange
-    }
-
-
-def _stored(target: ast.expr) -> set[str]:
-    return {node.attr for node in ast.walk(target) if isinstance(node, ast.Attribute)}
-
-
-def _declared(statement: ast.stmt, is_data: bool) -> list[str]:
-    """Names that the body of a class gives a value or makes a field."""
-    if isinstance(statement, ast.FunctionDef):
-        return [statement.name]
-    if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
-        return [statement.target.id] if is_data or statement.value else []
-    if isinstance(statement, ast.Assign):
-        return [target.id for target in statement.targets if isinstance(target, ast.Name)]
-    return []
-
-
 class _Folder(ScopedTransformer):
     def __init__(self, tree: ast.Module, facts: Facts) -> None:
         super().__init__()
         self._facts = facts
         self._types = Types(tree)
         self._functions = constant_functions(tree)
-        self._attributes = {**constant_attributes(tree, set()), **facts.attributes}
+        objects = Objects(tree)
+        self._classes = objects.classes
+        self._constants = objects.constants()
+        self._attributes = by_name(self._constants, objects) | {
+            name: literal(value) or ast.Constant(value) for name, value in facts.attributes.items()
+        }
         self._arguments: list[set[str]] = [set()]
         self._tables = {
-            node.targets[0].id: node.value
+            target.id: node.value
             for node in tree.body
-            if isinstance(node, ast.Assign)
-            and isinstance(node.targets[0], ast.Name)
-            and (isinstance(node.value, ast.Constant) or _is_literal(node.value))
+            if isinstance(node, (ast.Assign, ast.AnnAssign))
+            and node.value is not None
+            and isinstance(target := _only_target(node), ast.Name)
+            and (isinstance(node.value, ast.Constant) or self._is_table(node.value))
         }
         self._owners: list[str] = []
         self._envs: list[Env] = [{}]
@@ -237,7 +139,7 @@ class _Folder(ScopedTransformer):
 
     def visited_function(self, node: Function) -> ast.AST:
         if not isinstance(node, ast.Lambda):
-            node.body = _simplified(node)
+            node.body = simplified(node)
         return node
 
     # expressions
@@ -261,15 +163,43 @@ class _Folder(ScopedTransformer):
             if (owner, node.attr) in self._facts.fields:
                 return copy.deepcopy(self._facts.fields[owner, node.attr])
             method = self._types.method(owner, node.attr)
-            if method is not None and _is_property(method) and is_pure(node.value):
+            if method is not None and is_property(method) and is_pure(node.value):
                 returned = returned_literal(method)
                 if returned is not None and self._is_final(owner, node.attr):
                     return returned
+        made = self._given_field(node)
+        if made is not None:
+            return made
         if not is_pure(node.value):
             return node
-        if node.attr in self._attributes:
-            return ast.Constant(self._attributes[node.attr])
-        return node
+        constant = self._constants.get((owner or "", node.attr))
+        constant = constant or self._attributes.get(node.attr)
+        return node if constant is None else copy.deepcopy(constant)
+
+    def _given_field(self, node: ast.Attribute) -> ast.expr | None:
+        """`Class(a, b).field` of a data class is what the call gives it."""
+        owner = self._class_made(node.value)
+        if owner is None:
+            return None
+        assert isinstance(node.value, ast.Call)
+        for place, (name, default) in enumerate(fields_of(owner)):
+            if name == node.attr:
+                return given(node.value, place, name) or default
+        return None
+
+    def _class_made(self, node: ast.expr) -> ast.ClassDef | None:
+        """The data class that a call without effects makes an object of."""
+        if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name)):
+            return None
+        owner = self._classes.get(node.func.id) if self.is_global(node.func.id) else None
+        values = [*node.args, *(keyword.value for keyword in node.keywords)]
+        return owner if owner and is_data(owner) and all(map(is_pure, values)) else None
+
+    def _is_table(self, node: ast.expr) -> bool:
+        """A tuple, or a dictionary whose entries can stand anywhere else."""
+        if not isinstance(node, ast.Dict):
+            return is_table(node)
+        return all(is_pure(value) or self._class_made(value) for value in node.values)
 
     def _is_final(self, owner: str, name: str) -> bool:
         """Whether no class that derives from the owner has its own."""
@@ -287,7 +217,9 @@ class _Folder(ScopedTransformer):
         self.generic_visit(node)
         if any(isinstance(argument, ast.Starred) for argument in node.args):
             return node
-        known = self._known_call(node, owner)
+        known = self._known_call(node, owner) or _got_from_nothing(node)
+        if known is None and is_sorted(node) and is_empty(node):
+            return ast.Tuple([], ast.Load())  # which is looped over
         if known is not None:
             return known
         arguments = [*node.args, *(keyword.value for keyword in node.keywords)]
@@ -328,9 +260,9 @@ class _Folder(ScopedTransformer):
             return self._computed(node)
         left, right = node.left, node.comparators[0]
         kind = node.ops[0]
-        if isinstance(kind, (ast.Is, ast.IsNot)) and _is_none(right) and _is_something(left):
+        if isinstance(kind, (ast.Is, ast.IsNot)) and is_none(right) and is_something(left):
             return ast.Constant(isinstance(kind, ast.IsNot))
-        if isinstance(kind, (ast.In, ast.NotIn)) and _is_empty(right) and is_pure(left):
+        if isinstance(kind, (ast.In, ast.NotIn)) and is_empty(right) and is_pure(left):
             return ast.Constant(isinstance(kind, ast.NotIn))
         return self._computed(node)
 
@@ -338,7 +270,8 @@ class _Folder(ScopedTransformer):
         """The value of an operation on literals."""
         try:
             if isinstance(node, ast.Compare):
-                parts = [value_of(part) for part in (node.left, *node.comparators)]
+                named = [self._table_of(part) for part in (node.left, *node.comparators)]
+                parts = [value_of(part) for part in named]
                 pairs = zip(parts, parts[1:], node.ops, strict=False)
                 value = all(_OPERATORS[type(kind)](a, b) for a, b, kind in pairs)
             elif isinstance(node, ast.BinOp):
@@ -364,7 +297,7 @@ class _Folder(ScopedTransformer):
         is_and = isinstance(node.op, ast.And)
         kept: list[ast.expr] = []
         for place, value in enumerate(node.values):
-            truth = _truth(value)
+            truth = truth_of(value)
             if truth is is_and and place < len(node.values) - 1:
                 continue
             kept.append(value)
@@ -377,7 +310,7 @@ class _Folder(ScopedTransformer):
 
     def visit_IfExp(self, node: ast.IfExp) -> ast.AST:
         self.generic_visit(node)
-        truth = _truth(node.test, is_test=True)
+        truth = truth_of(node.test, is_test=True)
         return node if truth is None else node.body if truth else node.orelse
 
     def visit_Subscript(self, node: ast.Subscript) -> ast.AST:
@@ -388,22 +321,42 @@ class _Folder(ScopedTransformer):
         holder, key = node.value, node.slice.value
         if isinstance(holder, ast.Name) and self.is_global(holder.id):
             holder = self._tables.get(holder.id, holder)
-        if isinstance(holder, ast.Dict) and all(map(is_pure, holder.values)):
+        if isinstance(holder, ast.Dict) and self._is_table(holder):
             for one, value in zip(holder.keys, holder.values, strict=True):
                 if isinstance(one, ast.Constant) and one.value == key:
-                    return value
+                    return copy.deepcopy(value)
         if isinstance(holder, ast.Tuple) and isinstance(key, int) and is_pure(holder):
-            return holder.elts[key]
+            return copy.deepcopy(holder.elts[key])
         return node
+
+    def _table_of(self, node: ast.expr) -> ast.expr:
+        """The constant table that a name means."""
+        if isinstance(node, ast.Name) and self.is_global(node.id):
+            return self._tables.get(node.id, node)
+        return node
+
+    def visit_Starred(self, node: ast.Starred) -> ast.AST:
+        self.generic_visit(node)
+        table = self._table_of(node.value)
+        node.value = copy.deepcopy(table) if isinstance(table, ast.Tuple) else node.value
+        return node
+
+    def visited_comprehension(self, node: Comprehension) -> ast.AST:
+        if not _loops_over_nothing(node) or isinstance(node, ast.SetComp):
+            return node
+        if isinstance(node, ast.DictComp):
+            return ast.Dict([], [])
+        make = ast.List if isinstance(node, ast.ListComp) else ast.Tuple
+        return make([], ast.Load())
 
     def visit_Tuple(self, node: ast.Tuple) -> ast.AST:
         self.generic_visit(node)
-        node.elts = _spread(node.elts)
+        node.elts = spread(node.elts)
         return node
 
     def visit_List(self, node: ast.List) -> ast.AST:
         self.generic_visit(node)
-        node.elts = _spread(node.elts)
+        node.elts = spread(node.elts)
         return node
 
     def visit_JoinedStr(self, node: ast.JoinedStr) -> ast.AST:
@@ -435,12 +388,12 @@ class _Folder(ScopedTransformer):
 
     def visit_If(self, node: ast.If) -> Any:
         node.test = self.visit(node.test)
-        truth = _truth(node.test, is_test=True)
+        truth = truth_of(node.test, is_test=True)
         if truth is not None:
             return self._visited(node.body if truth else node.orelse) or None
         node.body = self._visited(node.body) or [ast.Pass()]
         node.orelse = self._visited(node.orelse)
-        if not node.orelse and _is_nothing(node.body) and is_pure(node.test):
+        if not node.orelse and is_nothing(node.body) and is_pure(node.test):
             return None
         return node
 
@@ -464,7 +417,10 @@ class _Folder(ScopedTransformer):
 
     def visit_For(self, node: ast.For) -> Any:
         self.generic_visit(node)
-        if _is_empty(node.iter) and not node.orelse:
+        if is_empty(node.iter) and not node.orelse:
+            return None
+        is_idle = is_nothing(node.body) and not node.orelse and isinstance(node.iter, ast.Call)
+        if is_idle and is_reading(node.iter):
             return None
         node.body = node.body or [ast.Pass()]
         return node
@@ -489,155 +445,31 @@ class _Folder(ScopedTransformer):
         return node
 
 
-def _is_property(function: ast.FunctionDef) -> bool:
-    return any("property" in ast.unparse(item) for item in function.decorator_list)
+def _only_target(node: ast.Assign | ast.AnnAssign) -> ast.expr | None:
+    if isinstance(node, ast.AnnAssign):
+        return node.target
+    return node.targets[0] if len(node.targets) == 1 else None
 
 
-def _is_none(node: ast.expr) -> bool:
-    return isinstance(node, ast.Constant) and node.value is None
-
-
-def _is_something(node: ast.expr) -> bool:
-    """An expression that certainly is not None."""
-    if isinstance(node, ast.Constant):
-        return node.value is not None
-    return isinstance(node, (ast.Tuple, ast.List, ast.Dict, ast.Lambda, ast.JoinedStr))
-
-
-def _is_empty(node: ast.expr) -> bool:
-    if isinstance(node, (ast.Tuple, ast.List)):
-        return not node.elts
-    return isinstance(node, ast.Dict) and not node.keys
-
-
-def _is_literal(node: ast.expr | None) -> bool:
-    return isinstance(node, (ast.Tuple, ast.Dict)) and is_pure(node)
-
-
-def _truth(node: ast.expr, is_test: bool = False) -> bool | None:
-    """Whether an expression is true; None where that is open.
-
-    Args:
-        is_test: only its truth matters, so that `open and False` is false.
-    """
-    if is_constant(node):
-        assert isinstance(node, ast.Constant)
-        return bool(node.value)
-    if _is_empty(node):
-        return False
-    if is_test and isinstance(node, ast.BoolOp) and all(map(is_pure, node.values[:-1])):
-        is_and = isinstance(node.op, ast.And)
-        return (not is_and) if _truth(node.values[-1]) is (not is_and) else None
-    return None
-
-
-def _spread(elements: list[ast.expr]) -> list[ast.expr]:
-    """With starred literals in line."""
-    kept: list[ast.expr] = []
-    for element in elements:
-        if isinstance(element, ast.Starred) and isinstance(element.value, (ast.Tuple, ast.List)):
-            kept += element.value.elts
-        else:
-            kept.append(element)
-    return kept
-
-
-def _is_nothing(body: list[ast.stmt]) -> bool:
-    return all(isinstance(statement, ast.Pass) for statement in body)
-
-
-def _simplified(function: ast.FunctionDef | ast.AsyncFunctionDef) -> list[ast.stmt]:
-    """The body without what never runs, constants in the place of names that hold them, and
-    without names that nothing reads."""
-    _cut_after_return(function)
-    _propagate(function)
-    loaded = {
-        node.id
-        for node in ast.walk(function)
-        if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Store)
-    }
-    loaded |= {
-        node.target.id
-        for node in ast.walk(function)
-        if isinstance(node, ast.AugAssign) and isinstance(node.target, ast.Name)
-    }
-    declared = {
-        name
-        for node in ast.walk(function)
-        if isinstance(node, (ast.Global, ast.Nonlocal))
-        for name in node.names
-    }
-    for block in _blocks(function):
-        block[:] = [s for s in block if not _is_unread(s, loaded | declared)] or [ast.Pass()]
-    return function.body
-
-
-def _blocks(function: ast.AST) -> list[list[ast.stmt]]:
-    return [
-        block
-        for node in ast.walk(function)
-        for name in ("body", "orelse", "finalbody")
-        if isinstance(block := getattr(node, name, None), list) and block
-    ]
-
-
-def _cut_after_return(function: ast.AST) -> None:
-    for block in _blocks(function):
-        for place, statement in enumerate(block):
-            if isinstance(statement, (ast.Return, ast.Raise, ast.Continue, ast.Break)):
-                del block[place + 1 :]
-                break
-
-
-def _is_unread(statement: ast.stmt, loaded: set[str]) -> bool:
-    if isinstance(statement, ast.Assign):
-        targets, value = statement.targets, statement.value
-    elif isinstance(statement, ast.AnnAssign):
-        targets, value = [statement.target], statement.value  # type: ignore[assignment]
-        if value is None and isinstance(statement.target, ast.Name):
-            return True  # a declaration of a local name
-    else:
-        return False
-    return (
-        len(targets) == 1
-        and isinstance(targets[0], ast.Name)
-        and targets[0].id not in loaded
-        and is_pure(value)
+def _loops_over_nothing(node: Comprehension) -> bool:
+    return any(
+        is_empty(loop.iter)
+        or (is_pure(loop.iter) and any(truth_of(test, is_test=True) is False for test in loop.ifs))
+        for loop in node.generators
     )
 
 
-class _Substitute(ast.NodeTransformer):
-    def __init__(self, name: str, value: ast.Constant) -> None:
-        self._name, self._value = name, value
-
-    def visit_Name(self, node: ast.Name) -> ast.AST:
-        is_read = node.id == self._name and isinstance(node.ctx, ast.Load)
-        return ast.Constant(self._value.value) if is_read else node
+def is_reading(node: ast.expr) -> bool:
+    """Whether it is `name.items()` and the like."""
+    function = node.func if isinstance(node, ast.Call) else None
+    is_method = isinstance(function, ast.Attribute) and function.attr in ("items", "values")
+    return is_method and is_pure(function.value)  # type: ignore[union-attr]
 
 
-def _propagate(function: ast.FunctionDef | ast.AsyncFunctionDef) -> None:
-    """Put constants in the place of local names that are bound once, at the top of the body."""
-    times: dict[str, int] = {argument.arg: 9 for argument in arguments_of(function)}
-    for node in ast.walk(function):
-        if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
-            times[node.id] = times.get(node.id, 0) + 1
-        elif isinstance(node, (ast.Nonlocal, ast.Global)):
-            times |= dict.fromkeys(node.names, 9)
-        elif node is not function and isinstance(node, FUNCTIONS):
-            times |= {argument.arg: 9 for argument in arguments_of(node)}
-        elif isinstance(node, ast.ExceptHandler) and node.name:
-            times[node.name] = 9
-    for place, statement in enumerate(function.body):
-        if not isinstance(statement, (ast.Assign, ast.AnnAssign)):
-            continue
-        targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
-        value, target = statement.value, targets[0]
-        if (
-            len(targets) == 1
-            and isinstance(target, ast.Name)
-            and times[target.id] == 1
-            and isinstance(value, ast.Constant)
-        ):
-            change = _Substitute(target.id, value)
-            for later in range(place + 1, len(function.body)):
-                function.body[later] = change.visit(function.body[later])
+def _got_from_nothing(node: ast.Call) -> ast.expr | None:
+    """`{}.get(key, default)` is the default."""
+    function = node.func
+    if not isinstance(function, ast.Attribute) or function.attr != "get" or not node.args:
+        return None
+    is_nothing = is_nothing_in(function.value, ast.Dict) and all(map(is_pure, node.args))
+    return (node.args[1] if len(node.args) > 1 else ast.Constant(None)) if is_nothing else None

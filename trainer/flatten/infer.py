@@ -6,12 +6,26 @@ Only what is certain is answered: a name of several types has none.
 from __future__ import annotations
 
 import ast
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
-from trainer.flatten.scopes import Function, arguments_of
+from trainer.flatten.scopes import FUNCTIONS, Function, arguments_of
 
 Env = dict[str, str]
 """Local name -> class."""
+
+
+def kinships(classes: Mapping[str, ast.ClassDef]) -> dict[str, set[str]]:
+    """Class -> itself, those that it derives from and those that derive from it."""
+
+    def above(name: str) -> set[str]:
+        bases = classes[name].bases if name in classes else []
+        return {name}.union(*(above(base.id) for base in bases if isinstance(base, ast.Name)))
+
+    lines = {name: above(name) for name in classes}
+    return {
+        name: line | {other for other, others in lines.items() if name in others}
+        for name, line in lines.items()
+    }
 
 
 class Types:
@@ -62,6 +76,8 @@ class Types:
             return None if owner is None else self.attribute(owner, node.attr)
         if isinstance(node, ast.Call):
             return self._of_call(node, env)
+        if isinstance(node, ast.Subscript):
+            return self._of_part(node, env)
         if isinstance(node, ast.BoolOp):
             kinds = {self.of(value, env) for value in node.values}
             return kinds.pop() if len(kinds) == 1 else None
@@ -69,6 +85,18 @@ class Types:
             kinds = {self.of(node.body, env), self.of(node.orelse, env)}
             return kinds.pop() if len(kinds) == 1 else None
         return None
+
+    def _of_part(self, node: ast.Subscript, env: Mapping[str, str]) -> str | None:
+        """Of one of several values that a function returns."""
+        call, place = node.value, node.slice
+        if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name)):
+            return None
+        known = None if call.func.id in env else self.functions.get(call.func.id)
+        returns = known.returns if known else None
+        parts = returns.slice.elts if _is_tuple_of_several(returns) else []  # type: ignore[union-attr]
+        if not isinstance(place, ast.Constant) or not isinstance(place.value, int):
+            return None
+        return self.of_annotation(parts[place.value]) if place.value < len(parts) else None
 
     def _of_call(self, node: ast.Call, env: Mapping[str, str]) -> str | None:
         function = node.func
@@ -176,6 +204,29 @@ class Types:
         return env
 
 
+def typed_parts(tree: ast.Module, types: Types) -> Iterator[tuple[ast.AST, Env]]:
+    """The nodes of a module, annotations left out, with the classes of the names they see."""
+    waiting: list[tuple[ast.AST, str | None, Env]] = [(tree, None, {})]
+    while waiting:
+        node, owner, env = waiting.pop()
+        yield node, env
+        inner = types.env_of(node, owner, env) if isinstance(node, FUNCTIONS) else env
+        below = node.name if isinstance(node, ast.ClassDef) else None
+        for field, value in ast.iter_fields(node):
+            if field in ("annotation", "returns"):
+                continue
+            seen = inner if field == "body" else env
+            for child in value if isinstance(value, list) else [value]:
+                if isinstance(child, ast.AST):
+                    waiting.append((child, below, seen))
+
+
+def _is_tuple_of_several(node: ast.expr | None) -> bool:
+    is_tuple = isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name)
+    is_tuple = is_tuple and node.value.id == "tuple"  # type: ignore[union-attr]
+    return is_tuple and isinstance(node.slice, ast.Tuple)  # type: ignore[union-attr]
+
+
 def _is_field(statement: ast.stmt, name: str) -> bool:
     target = getattr(statement, "target", None)
     is_annotated = isinstance(statement, ast.AnnAssign) and isinstance(target, ast.Name)
@@ -235,6 +286,8 @@ def _unpacked(target: ast.expr, value: ast.expr | None) -> list[Assigned]:
     values: list[ast.expr | None] = [None] * len(target.elts)
     if isinstance(value, ast.Tuple) and len(value.elts) == len(target.elts):
         values = list(value.elts)
+    elif isinstance(value, ast.Call):
+        values = [ast.Subscript(value, ast.Constant(i), ast.Load()) for i in range(len(values))]
     return [
         pair for part, one in zip(target.elts, values, strict=True) for pair in _unpacked(part, one)
     ]

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from trainer.flatten.scopes import ScopedTransformer, bound_names
+from trainer.flatten.scopes import COMPREHENSIONS, FUNCTIONS, ScopedTransformer, bound_names
 
 PACKAGE = Path(__file__).parents[1]
 NOT_KEPT = ("__future__", "pydantic")
@@ -29,7 +29,8 @@ def merged(entry: str, stand_ins: Mapping[str, str]) -> ast.Module:
     program = _Program(stand_ins)
     program.add(entry)
     tree = ast.Module(body=program.imports() + program.body, type_ignores=[])
-    return ast.fix_missing_locations(tree)
+    distinct: ast.Module = _Distinct(tree, program.meant).visit(tree)
+    return ast.fix_missing_locations(distinct)
 
 
 @functools.cache
@@ -54,6 +55,8 @@ class _Program:
         """Module -> name in it -> name in the program, or the module's dotted name after a "@"."""
         self._taken: dict[str, str] = {}
         """Name in the program -> what it is."""
+        self.meant: list[ast.Name] = []
+        """Names that are of the program, even where a function has its own of the same name."""
         self._external: dict[str, tuple[str, str, str]] = {}
         """Name in the program -> (module, name in it or "", how it is bound)."""
 
@@ -176,8 +179,9 @@ class _Resolver(ScopedTransformer):
         if isinstance(base, ast.Name) and self.is_global(base.id):
             bound = self._names.get(base.id, "")
             if bound.startswith("@"):
-                name = self._program.add(bound[1:])[node.attr]
-                return ast.Name(name, node.ctx)
+                found = ast.Name(self._program.add(bound[1:])[node.attr], node.ctx)
+                self._program.meant.append(found)
+                return found
         return self.generic_visit(node)
 
     def visit_Name(self, node: ast.Name) -> ast.AST:
@@ -217,3 +221,31 @@ class _Resolver(ScopedTransformer):
                             names[alias.asname or alias.name] = bound or alias.name
                         block[block.index(statement)] = ast.Pass()
         return names
+
+
+class _Distinct(ScopedTransformer):
+    """Functions of the program get names that no scope within it binds, so that every mention of
+    the name is one of the function."""
+
+    def __init__(self, tree: ast.Module, meant: list[ast.Name]) -> None:
+        super().__init__()
+        self._meant = set(map(id, meant))
+        local = {
+            name
+            for scope in ast.walk(tree)
+            if isinstance(scope, (*FUNCTIONS, *COMPREHENSIONS))
+            for name in bound_names(scope)
+        }
+        own = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+        self._shared = own & local
+
+    def visit_Name(self, node: ast.Name) -> ast.AST:
+        is_ours = id(node) in self._meant or self.is_global(node.id)
+        return ast.Name(f"{node.id}_", node.ctx) if is_ours and node.id in self._shared else node
+
+    def visit(self, node: ast.AST) -> Any:
+        is_top = isinstance(node, ast.FunctionDef) and not self._scopes
+        visited = super().visit(node)
+        if is_top and visited.name in self._shared:
+            visited.name += "_"
+        return visited

@@ -7,9 +7,10 @@ import functools
 import json
 
 from trainer.config import TrainConfig
-from trainer.flatten.facts import facts_of, prepared, stand_ins
+from trainer.flatten.facts import facts_of, prepared, stand_ins, without_idle_rows
 from trainer.flatten.fold import folded
 from trainer.flatten.merge import merged
+from trainer.flatten.objects import named_classes, without_unread_fields
 from trainer.flatten.pack import packed
 from trainer.flatten.parameters import settled
 from trainer.flatten.reach import reachable
@@ -23,12 +24,13 @@ def flattened(config: TrainConfig) -> ast.Module:
     """The program of a configuration: everything that it runs, and as little else as can be.
     Fused kernels read their own source and cannot be packaged.
     """
-    tree = merged(ENTRY, stand_ins(config))
+    tree = named_classes(merged(ENTRY, stand_ins(config)))
     facts = facts_of(config, tree)
     tree = prepared(tree, config, facts)
     before = (0, 0)
     for _ in range(MAX_PASSES):
-        tree = reachable(settled(folded(tree, facts_of(config, tree))))
+        tree = settled(folded(without_idle_rows(tree, config), facts_of(config, tree)))
+        tree = reachable(without_unread_fields(tree))
         after = _size(tree)
         if after == before:
             break

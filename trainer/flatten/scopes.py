@@ -92,6 +92,10 @@ class ScopedTransformer(ast.NodeTransformer):
         """Called when the inside of a class has been visited."""
         return node
 
+    def visited_comprehension(self, node: Comprehension) -> ast.AST:
+        """Called when a comprehension has been visited."""
+        return node
+
     def visited_function(self, node: Function) -> ast.AST:
         """Called when the inside of a function has been visited."""
         return node
@@ -114,7 +118,7 @@ class ScopedTransformer(ast.NodeTransformer):
         fields = ["generators", "key", "value", "elt"]
         self._within(True, node, [field for field in fields if hasattr(node, field)])
         first.iter = kept
-        return node
+        return self.visited_comprehension(node)
 
     def _within(self, is_seen: bool, scope: ast.AST, fields: list[str]) -> None:
         self._scopes.append((is_seen, bound_names(scope)))

@@ -11,10 +11,10 @@ import builtins
 import collections
 import itertools
 import keyword
-import re
 import string
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
+from trainer.flatten.objects import is_data
 from trainer.flatten.scopes import FUNCTIONS, arguments_of
 from trainer.squeeze import tight
 
@@ -22,7 +22,7 @@ from trainer.squeeze import tight
 def shortened(tree: ast.Module) -> str:
     """The source."""
     tree = _Formatted().visit(_Brief().visit(_Stripped().visit(tree)))
-    _rename_private_attributes(tree)
+    _rename_attributes(tree)
     _rename_globals(tree)
     given = {node.arg for node in ast.walk(tree) if isinstance(node, ast.keyword) and node.arg}
     taken = _globals(tree)
@@ -182,35 +182,99 @@ def _rename_globals(tree: ast.Module) -> None:
             node.name = new.get(node.name, node.name)
 
 
-def _rename_private_attributes(tree: ast.Module) -> None:
-    """Attributes and methods that begin with an underscore, or end with a legend of axes, and that
-    the program defines."""
-    defined: collections.Counter[str] = collections.Counter()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ClassDef):
-            for member in node.body:
-                if isinstance(member, ast.FunctionDef):
-                    defined[member.name] += 1
-                elif isinstance(member, ast.AnnAssign) and isinstance(member.target, ast.Name):
-                    defined[member.target.id] += 1
-        elif isinstance(node, ast.Attribute):
-            of_self = isinstance(node.value, ast.Name) and node.value.id == "self"
-            if isinstance(node.ctx, ast.Store) and of_self:
-                defined[node.attr] += 1
-    strings = _used_strings(tree)
-    own = [name for name in defined if (re.fullmatch(r"_[a-z]\w*", name)) and name not in strings]
-    new = {name: f"_{short}" for name, short in zip(own, _short_names(set()), strict=False)}
+def _rename_attributes(tree: ast.Module) -> None:
+    """Attributes, fields and methods that only the program has: names in several words that its
+    classes define. Attributes of torch's modules stay, because the artifact has their names, and
+    so do names that strings or keywords of other functions mention."""
+    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    defined: set[str] = set()
+    of_modules: set[str] = set()
+    for owner in classes.values():
+        is_module = _is_module(owner, classes)
+        for node in ast.walk(owner):
+            if name := _own_attribute(node):
+                (of_modules if is_module else defined).add(name)
+        defined |= set(_members(owner))
+    uses = collections.Counter(n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute))
+    fixed = of_modules | _used_strings(tree) | _foreign_keywords(tree, classes) | _OF_TORCH
+    own = [name for name in defined - fixed if "_" in name and not name.endswith("__")]
+    own.sort(key=lambda name: (-uses[name], name))
+    taken = (set(uses) | defined) - set(own) | {"T", "H", "mT"}
+    new = dict(zip(own, _short_names(taken), strict=False))
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute):
             node.attr = new.get(node.attr, node.attr)
-        elif isinstance(node, ast.keyword) and node.arg:
-            node.arg = new.get(node.arg, node.arg)
-        elif isinstance(node, ast.ClassDef):
-            for member in node.body:
-                if isinstance(member, ast.FunctionDef):
-                    member.name = new.get(member.name, member.name)
-                elif isinstance(member, ast.AnnAssign) and isinstance(member.target, ast.Name):
-                    member.target.id = new.get(member.target.id, member.target.id)
+        elif isinstance(node, ast.Call):
+            for keyword in node.keywords if _fills_fields(node, classes) else ():
+                keyword.arg = keyword.arg and new.get(keyword.arg, keyword.arg)
+    for owner in classes.values():
+        for member in owner.body:
+            if isinstance(member, ast.FunctionDef):
+                member.name = new.get(member.name, member.name)
+            elif isinstance(member, ast.AnnAssign) and isinstance(member.target, ast.Name):
+                member.target.id = new.get(member.target.id, member.target.id)
+            elif isinstance(member, ast.Assign) and isinstance(member.targets[0], ast.Name):
+                member.targets[0].id = new.get(member.targets[0].id, member.targets[0].id)
+
+
+_OF_TORCH = {
+    *(
+        "vocab_size",
+        "bos_id",
+        "state_dict",
+        "load_state_dict",
+        "zero_grad",
+        "param_groups",
+        "setup_context",
+    ),
+    *("all_reduce", "all_gather", "reduce_scatter", "model_copy", "model_dump", "wait_event"),
+    *("named_parameters", "register_buffer", "record_event", "is_cuda", "new_empty", "_replace"),
+}
+"""Names in several words that objects from elsewhere have too."""
+
+
+def _is_module(owner: ast.ClassDef, classes: Mapping[str, ast.ClassDef]) -> bool:
+    bases = [base for base in owner.bases if isinstance(base, ast.Name) and base.id in classes]
+    is_nn = any("Module" in ast.unparse(base) for base in owner.bases)
+    return is_nn or any(_is_module(classes[base.id], classes) for base in bases)
+
+
+def _own_attribute(node: ast.AST) -> str:
+    """X where it is `self.X`, being stored."""
+    is_stored = isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
+    holder = node.value if is_stored else None  # type: ignore[attr-defined]
+    is_own = isinstance(holder, ast.Name) and holder.id == "self"
+    return node.attr if is_own else ""  # type: ignore[attr-defined]
+
+
+def _members(owner: ast.ClassDef) -> Iterator[str]:
+    for member in owner.body:
+        if isinstance(member, ast.FunctionDef):
+            yield member.name
+        elif isinstance(member, ast.AnnAssign) and isinstance(member.target, ast.Name):
+            yield member.target.id
+
+
+def _fills_fields(call: ast.Call, classes: Mapping[str, ast.ClassDef]) -> bool:
+    """Whether keywords of a call are fields of a data class."""
+    function = call.func
+    if isinstance(function, ast.Attribute):
+        return function.attr == "_replace"
+    if not isinstance(function, ast.Name):
+        return False
+    owner = classes.get(function.id)
+    return function.id == "replace" or (owner is not None and is_data(owner))
+
+
+def _foreign_keywords(tree: ast.Module, classes: Mapping[str, ast.ClassDef]) -> set[str]:
+    """Names that calls give as keywords to anything but data classes."""
+    return {
+        keyword.arg
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and not _fills_fields(node, classes)
+        for keyword in node.keywords
+        if keyword.arg
+    }
 
 
 def _outermost_functions(node: ast.AST) -> Iterator[ast.AST]:

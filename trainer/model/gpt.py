@@ -310,10 +310,10 @@ class GPT(nn.Module):
                 x_BTC = self._join(x_BTC, waiting[num_encoder - 1 - step], step)
             elif 0 <= step < num_skips and waiting:
                 x_BTC = self._join(x_BTC, waiting.pop(), step)
-            if layer >= self._first_in_lanes:
+            if self.config.parallel == "lanes" and layer >= self._first_in_lanes:
                 second_BTC = x_BTC if second_BTC is None else second_BTC
                 x_BTC, second_BTC, value_BTGD = block.in_lanes(x_BTC, second_BTC, here)
-            elif visit:
+            elif self.config.most_visits > 1 and visit:
                 repeat = block.repeat(visit)
                 y_BTC, value_BTGD = block(x_BTC, here, repeat)
                 x_BTC = repeat.blend(x_BTC, y_BTC, left[layer])

@@ -33,6 +33,8 @@ class QuantizationAware:
     def __init__(self, model: nn.Module, config: QuantizeConfig) -> None:
         self._config = config
         self._coded: list[tuple[nn.Parameter, PerRow, QuantizeConfig]] = []
+        if config.qat_start >= 1:
+            return
         parameters = dict(model.named_parameters())
         num_layers = count_layers(parameters)
         for name in coded_names(parameters, config):

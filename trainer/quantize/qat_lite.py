@@ -43,11 +43,13 @@ class QatLite:
 
     def __init__(self, model: nn.Module, config: QatLiteConfig) -> None:
         self._config = config
-        parameters = dict(model.named_parameters())
-        num_layers = count_layers(parameters)
         self._weights: list[tuple[nn.Parameter, float]] = []
         """Matrices and what they weigh."""
-        for name, parameter in parameters.items() if config.kind != "none" else ():
+        if config.kind == "none":
+            return
+        parameters = dict(model.named_parameters())
+        num_layers = count_layers(parameters)
+        for name, parameter in parameters.items():
             layer = _layer_of(name)
             chosen = any(fnmatchcase(name, pattern) for pattern in TARGETS[config.targets])
             if chosen and parameter.ndim == 2 and layer >= config.first_layer:
@@ -62,7 +64,7 @@ class QatLite:
             step: counted from 0.
             progress: share of the budget at which the step began.
         """
-        if self._config.kind == "pull":
+        if self._config.kind in ("none", "pull"):
             return
         total = sum(weight for _, weight in self._weights)
         for parameter, strength in self._acting(step, progress):
