@@ -48,6 +48,11 @@ class ServiceSettings(Settings):
     """Ray cluster; None = start one on this machine."""
     runner: Literal["ray", "local"] = "ray"
     """"ray": TorchTrainer on a cluster. "local": torchrun on this machine."""
+    isolation: Literal["trial", "resident"] = "trial"
+    """"trial": every trial gets processes of its own. "resident": processes stay on their gang and
+    serve trial after trial, each from a fresh state; runner = "ray" only."""
+    trials_per_gang: PositiveInt = 50
+    """After how many trials processes that stay are replaced."""
     data: PathSetting | None = None
     """Folder of shards and tokenizer; None = the embedded corpus."""
     trials: PositiveInt = 12

@@ -51,7 +51,7 @@ class Quarantine:
         now = self._clock()
         return {
             node: times[-1] + self._policy.quarantine_s
-            for node, times in self._failed_at.items()
+            for node, times in list(self._failed_at.items())
             if is_quarantined(times, now, self._policy)
         }
 

@@ -62,6 +62,11 @@ class Group:
         if size > 1 and dist.get_backend() != "gloo":
             self._control = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
 
+    def close(self) -> None:
+        """Leave what this group made. The process group of the run stays."""
+        if self._control is not None:
+            dist.destroy_process_group(self._control)
+
     @property
     def is_main(self) -> bool:
         """True on rank 0, which reports and writes files."""
@@ -169,7 +174,9 @@ def join_group(device_setting: str) -> Iterator[Group]:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = _pick_device(device_setting, local_rank)
     if dist.is_initialized():
-        yield Group(device, dist.get_rank(), dist.get_world_size())
+        group = Group(device, dist.get_rank(), dist.get_world_size())
+        yield group
+        group.close()  # not after an error: a rank that waits in it would fail in its place
     elif int(os.environ.get("WORLD_SIZE", "1")) > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)

@@ -46,6 +46,10 @@ TrialsOption = Annotated[
 RunnerOption = Annotated[
     str | None, typer.Option("--runner", help="ray (default), or local: torchrun here.")
 ]
+IsolationOption = Annotated[
+    str | None,
+    typer.Option("--isolation", help="trial (default), or resident: processes that stay."),
+]
 AddressOption = Annotated[
     str | None, typer.Option("--address", metavar="RAY", help="Ray cluster to join.")
 ]
@@ -86,6 +90,7 @@ def run(
     storage: StorageOption = None,
     tracking: TrackingOption = None,
     runner: RunnerOption = None,
+    isolation: IsolationOption = None,
     address: AddressOption = None,
     workers: WorkersOption = None,
     gpus: GpusOption = None,
@@ -110,6 +115,7 @@ def run(
             "storage": storage,
             "tracking_uri": tracking,
             "runner": runner,
+            "isolation": isolation,
             "address": address,
             "workers_per_trial": workers,
             "gpus_per_worker": gpus,

@@ -180,14 +180,25 @@ def policy_of(settings: ServiceSettings) -> Policy:
 
 
 def make_runner(settings: ServiceSettings) -> Runner:
-    """Where trials run; starts or joins the cluster."""
+    """Where trials run; starts or joins the cluster. Raises UsageError for settings that exclude
+    each other."""
     if settings.runner == "local":
+        if settings.isolation == "resident":
+            raise UsageError(
+                "isolation = 'resident' needs runner = 'ray': the local runner starts torchrun for "
+                "every trial; leave one of both out"
+            )
         from service.runners.local_runner import LocalRunner
 
         return LocalRunner()
     from service.runners.ray_runner import RayRunner
 
-    return RayRunner(settings.address, policy=policy_of(settings))
+    return RayRunner(
+        settings.address,
+        isolation=settings.isolation,
+        trials_per_gang=settings.trials_per_gang,
+        policy=policy_of(settings),
+    )
 
 
 def trackers_of(study: optuna.Study, settings: ServiceSettings, live: LiveTable) -> list[Tracker]:

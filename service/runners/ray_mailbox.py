@@ -9,6 +9,7 @@ the actor stays small.
 from __future__ import annotations
 
 import asyncio
+import secrets
 import threading
 import time
 from collections import deque
@@ -46,6 +47,8 @@ class WorkerInfo:
     placement_group: PlacementGroup | None
     log: str
     """File on `host` with the worker's standard error."""
+    log_from: int = 0
+    """Bytes of it that earlier trials wrote."""
     process: str = ""
     """Its name as service.runners.processes has it."""
 
@@ -72,17 +75,28 @@ class News:
     """(sequence number, records); a batch whose receipt got lost comes twice."""
     workers: list[WorkerInfo] = field(default_factory=list)
     failures: list[WorkerFailure] = field(default_factory=list)
+    outcome: dict[str, Any] | None = None
+    """Of a trial on a gang that stays: what its train function returned on rank 0."""
+    ready: dict[int, int] = field(default_factory=dict)
+    """Of a gang that stays: rank -> number of the last job that it has put behind it."""
+    leaving: list[str] = field(default_factory=list)
+    """Of a gang that stays: why it gives itself up."""
 
 
 class Mailbox:
     """Actor between the workers of all trials and the driver; one per sweep, needs no CPU.
 
     Holds nothing that cannot be said again: when it dies and Ray restarts it, workers repeat the
-    batch they could not hand over, and the driver names every stop in each call.
+    batch they could not hand over, and the driver names every stop in each call. Workers and driver
+    tell by `born` that jobs and outcomes have to be said again.
     """
 
     def __init__(self) -> None:
+        self._born = secrets.token_hex(8)
         self._news: dict[str, News] = {}
+        self._jobs: dict[str, dict[str, Any]] = {}
+        self._ready: dict[tuple[str, int], int] = {}
+        self._handed = asyncio.Condition()
         self._stops: dict[str, str] = {}
         self._cancelled: set[str] = set()
         self._wake = asyncio.Event()
@@ -102,6 +116,42 @@ class Mailbox:
         """A worker raised."""
         self._news_of(key).failures.append(failure)
 
+    async def hand(self, gang: str, job: dict[str, Any] | None) -> None:
+        """The driver has a job for a gang that stays; None = it is no more."""
+        async with self._handed:
+            if job is None:
+                self._jobs.pop(gang, None)
+                self._ready = {at: last for at, last in self._ready.items() if at[0] != gang}
+            else:
+                self._jobs[gang] = job
+            self._handed.notify_all()
+
+    async def next_job(
+        self, gang: str, rank: int, last: int, wait_s: float
+    ) -> tuple[str, dict[str, Any] | None]:
+        """A worker is ready for a job with a number above `last`. Returns who answers, and the job,
+        or None when there was none within wait_s."""
+        if self._ready.get((gang, rank)) != last:
+            self._ready[gang, rank] = last
+            self._news_of(gang).ready[rank] = last
+
+        def has_come() -> bool:
+            return gang in self._jobs and self._jobs[gang]["number"] > last
+
+        async with self._handed:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._handed.wait_for(has_come), wait_s)
+            return self._born, self._jobs[gang] if has_come() else None
+
+    async def finish(self, key: str, outcome: dict[str, Any]) -> str:
+        """Rank 0 of a gang that stays is through with a trial. Returns who took the outcome."""
+        self._news_of(key).outcome = outcome
+        return self._born
+
+    async def leave(self, gang: str, reason: str) -> None:
+        """A worker says why its gang gives itself up."""
+        self._news_of(gang).leaving.append(reason)
+
     async def wake(self) -> None:
         """Answer a waiting `collect` at once."""
         self._wake.set()
@@ -116,16 +166,17 @@ class Mailbox:
 
     async def collect(
         self, stops: dict[str, str], cancelled: set[str], wait_s: float
-    ) -> dict[str, News]:
-        """All news since the last call, after waiting at most wait_s for some. The arguments
-        replace what was known, so finished trials are forgotten and a restart loses nothing."""
+    ) -> tuple[str, dict[str, News]]:
+        """Who answers, and all news since the last call, after waiting at most wait_s for some. The
+        arguments replace what was known, so finished trials are forgotten and a restart loses
+        nothing."""
         self._stops, self._cancelled = stops, cancelled
         if not self._news:
             self._wake.clear()
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), wait_s)
         news, self._news = self._news, {}
-        return news
+        return self._born, news
 
     def _news_of(self, key: str) -> News:
         self._wake.set()

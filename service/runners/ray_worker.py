@@ -49,18 +49,19 @@ class IntroduceController(ControllerCallback):
 def run_trial(job: dict[str, Any]) -> dict[str, Any]:
     """Train loop of a TorchTrainer: runs on every worker, in its process group.
 
-    `job` has {"key", "mailbox", "config" (TrainConfig.to_dict), "train" (import path)}. Returns
+    `job` has {"key", "mailbox", "config" (TrainConfig.to_dict), "train" (import path)}, and its
+    "number" where the workers serve several (resident_worker). Returns
     {"result": TrainResult as JSON types, "artifact": bytes or None} on rank 0, {} elsewhere.
     """
     rank = ray.train.get_context().get_world_rank()
     key, mailbox = job["key"], job["mailbox"]
     os.environ[TRIAL] = key  # what this worker starts is found by it
-    if not ray.get(mailbox.register.remote(key, introduce(rank))):
+    if not ray.get(mailbox.register.remote(key, introduce(rank, "number" in job))):
         raise RuntimeError("the trial was cancelled before it started")
     try:
         return _train(job, rank)
     except BaseException as error:
-        ray.get(mailbox.fail.remote(key, _describe_failure(rank, error)))
+        ray.get(mailbox.fail.remote(key, describe_failure(rank, error)))
         raise
 
 
@@ -113,8 +114,9 @@ def _load(path: str) -> Callable[..., TrainResult]:
     return getattr(importlib.import_module(module), name)
 
 
-def introduce(rank: int) -> WorkerInfo:
-    """The process that calls this, an actor."""
+def introduce(rank: int, stays: bool = False) -> WorkerInfo:
+    """The process that calls this, an actor. `stays`: it has served other trials before."""
+    log = os.readlink("/proc/self/fd/2")
     return WorkerInfo(
         rank=rank,
         pid=os.getpid(),
@@ -122,12 +124,13 @@ def introduce(rank: int) -> WorkerInfo:
         node=ray.get_runtime_context().get_node_id(),
         actor=ray.get_runtime_context().current_actor,
         placement_group=get_current_placement_group(),
-        log=os.readlink("/proc/self/fd/2"),
+        log=log,
+        log_from=os.path.getsize(log) if stays and os.path.isfile(log) else 0,
         process=name_of(os.getpid()) or "",
     )
 
 
-def _describe_failure(rank: int, error: BaseException) -> WorkerFailure:
+def describe_failure(rank: int, error: BaseException) -> WorkerFailure:
     return WorkerFailure(
         rank=rank,
         time=time.time(),

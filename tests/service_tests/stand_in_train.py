@@ -122,6 +122,70 @@ def crowded_host(config: TrainConfig, reporter: Reporter, out: Path | None = Non
     raise AssertionError("unreachable")
 
 
+HELD: list[torch.Tensor] = []
+POISON, HOARD, KILLED, ENDLESS = 901, 902, 903, 904
+"""Seeds at which `train_or_harm` does something else than train."""
+
+
+def train_or_harm(config: TrainConfig, reporter: Reporter, out: Path | None = None) -> TrainResult:
+    """The real train function, but for some seeds: for what trials of one process do to another."""
+    seed = config.runtime.seed
+    if seed == KILLED:
+        return killed(config, reporter, out)
+    if seed == ENDLESS:
+        return steps(config, reporter, out)
+    if seed == HOARD:
+        HELD.append(torch.ones(2**20))
+    from trainer.loop import train
+
+    result = train(config.with_overrides({"runtime.seed": 5}), reporter, out)
+    if seed == POISON:
+        poison()
+    return result
+
+
+def poison() -> None:
+    """Change all global state that comes to mind; leave nothing that cannot be put back."""
+    import gc
+    import random
+    import sys
+    import warnings
+
+    import numpy as np
+
+    import trainer.schedule
+    import trainer.workspace
+    from trainer.compress import CODECS
+    from trainer.model.gpt import GPT
+
+    random.seed(_rank())
+    np.random.seed(_rank())
+    torch.manual_seed(_rank())
+    torch.set_num_threads(2)
+    torch.set_grad_enabled(False)
+    torch.set_flush_denormal(True)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.set_float32_matmul_precision("medium")
+    torch.backends.cudnn.benchmark = True
+    torch.backends.mkldnn.fp32_precision = "bf16"  # type: ignore[attr-defined]
+    torch.autograd.set_detect_anomaly(True)
+    torch.autograd.graph.disable_saved_tensors_hooks("poisoned").__enter__()
+    os.environ["CADDIE_POISON"] = "left behind"
+    os.environ["LOCAL_RANK"] = "5"
+    os.environ.pop("HOME", None)
+    os.chdir("/")
+    sys.path.insert(0, "/nowhere")
+    sys.setrecursionlimit(5000)
+    gc.disable()
+    warnings.simplefilter("error")
+    GPT.poisoned = True  # type: ignore[attr-defined]
+    CODECS.clear()
+    trainer.workspace.count = lambda model: -1
+    trainer.schedule.lr_multiplier = lambda *_: 0.0
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
+
+
 def _rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 

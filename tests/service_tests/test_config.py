@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from service.commands.sweep_driver import make_runner
 from service.config import ServiceSettings, load_settings, mask_passwords, nearest
 from service.errors import UsageError
 
@@ -87,3 +88,14 @@ def test_mask_passwords() -> None:
     assert mask_passwords(text) == (
         "to postgresql://me:***@db:5432/x and http://a:***@c, not http://d:80/e"
     )
+
+
+def test_isolation_comes_from_the_file_and_needs_ray(tmp_path: Path) -> None:
+    file = tmp_path / "caddie.toml"
+    file.write_text('isolation = "resident"\ntrials_per_gang = 7\nrunner = "local"\n')
+    settings = load_settings({}, file)
+    assert (settings.isolation, settings.trials_per_gang) == ("resident", 7)
+    with pytest.raises(UsageError, match=r"'resident' needs runner = 'ray'.*leave one"):
+        make_runner(settings)
+    with pytest.raises(UsageError, match="isolation"):
+        load_settings({"isolation": "process"})

@@ -17,12 +17,15 @@ import ray
 from ray.cluster_utils import Cluster
 
 from service.ledger import WORDS
-from service.runners.base import RunState
+from service.policies import Policy
+from service.runners import gang_pool
+from service.runners.base import Demand, RunState
 from service.runners.processes import TRIAL, marked
 from service.runners.ray_cluster import SETTINGS, nodes_total
+from service.runners.ray_runner import RayRunner
 from tests.service_tests import cluster_faults as kinds
-from tests.service_tests.ray_sweeps import RaySweep, leftovers
-from tests.service_tests.runner_trials import wait_until
+from tests.service_tests.ray_sweeps import TRAIN, RaySweep, leftovers
+from tests.service_tests.runner_trials import make_spec, poll_to_end, wait_until
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.ray, pytest.mark.faults, pytest.mark.timeout(600)]
@@ -130,10 +133,35 @@ def test_a_node_that_fails_is_left_alone_and_cleaned_before_it_is_used_again(
     assert unclean == {places[1]}
     wait_until(lambda: not psutil.pid_exists(child))
     wait_until(lambda: sweep.runner._quarantine.unclean_nodes() == frozenset())
-    assert sweep.runner._closed(sweep.scheduler._demand) == {places[1]}, "still in quarantine"
+    assert sweep.runner._pool.closed(sweep.scheduler._demand) == {places[1]}, "still in quarantine"
     assert sweep.runner.free_slots(sweep.scheduler._demand) <= 1
     sweep.scheduler.close()
     assert sweep.states() == ["COMPLETE"]
+    assert_nothing_left()
+
+
+def test_gangs_that_stay_leave_a_node_that_is_closed(
+    two_nodes: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gang_pool, "IDLE_S", 600.0)
+    limits = Policy(quarantine_failures=1)
+    runner = RayRunner(train=TRAIN, isolation="resident", policy=limits)
+    try:
+        places = []
+        for number in range(4):
+            if number == 2:
+                runner._quarantine.failed(str(places[0]))
+                wait_until(lambda: runner._pool.is_empty)
+            open_nodes = 2 if number < 2 else 1  # all of them idle, as is the gang that stays
+            wait_until(lambda n=open_nodes: runner.free_slots(Demand()) == n)  # type: ignore[misc]
+            spec = make_spec(tmp_path, number, 4, runtime__seed=10 * number)
+            runner.submit(spec, Demand())
+            wait_until(lambda n=number: runner._trials[n].node)  # type: ignore[misc]
+            places.append(runner._trials[number].node)
+            assert poll_to_end(runner, number).state is RunState.FINISHED
+        assert places[0] == places[1] != places[2] == places[3]
+    finally:
+        runner.close()
     assert_nothing_left()
 
 
