@@ -106,7 +106,7 @@ def test_the_dashboard_shows_the_study(swept: Swept) -> None:
 
 def test_mlflow_has_every_trial_and_its_files(swept: Swept) -> None:
     address = swept.stack.address(5000)
-    question = "/api/2.0/mlflow/experiments/get-by-name?experiment_name=caddie"
+    question = "/api/2.0/mlflow/experiments/get-by-name?experiment_name=caddie%2Fsmoke"
     experiment = json.loads(get(address, question))["experiment"]
     assert experiment["artifact_location"].startswith("mlflow-artifacts:")
     names = {path.name for path in swept.stack.folder_of("/mlartifacts").rglob("*.*")}
